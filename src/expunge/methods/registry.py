@@ -1,0 +1,210 @@
+"""Methods: what one is, what it declares, how it is found by name.
+
+A method is a typed function ``(context, options) -> Outcome`` in one file of this package (or an entry point of
+group ``expunge.methods``, or ``path/to/file.py:name``), registered by :func:`method`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import pkgutil
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from expunge.data.samples import Modality, Role, Sample
+from expunge.errors import UserError, unknown
+from expunge.models.adapter import Adapter
+from expunge.progress import Progress
+
+Need = Literal["retain", "base", "unseen", "llm"]
+Sequential = Literal["repeat", "protect", "not-defined"]
+
+
+@dataclass
+class Context:
+    """Everything a method may look at. ``model`` may be edited in place.
+
+    ``base`` loads the model from before the private data was learnt, or is None when nobody kept it.
+    ``unseen`` are texts of the same kind that no model was trained on and no evaluation uses.
+    ``earlier`` are the forget samples of earlier requests on the same model (sequence of requests).
+    ``work`` is a folder for checkpoints; a method called again with the same folder resumes.
+    """
+
+    model: nn.Module
+    adapter: Adapter
+    forget: Sequence[Sample]
+    retain: Sequence[Sample] = ()
+    unseen: Sequence[Sample] = ()
+    earlier: Sequence[Sample] = ()
+    base: Callable[[], nn.Module] | None = None
+    seed: int = 0
+    work: Path | None = None
+    progress: Progress = field(default_factory=Progress)
+
+
+@dataclass
+class Outcome:
+    """The unlearned model, and what the reader of the report must know about how it came about."""
+
+    model: nn.Module
+    notes: list[str] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)  # figures of the method itself: goes into run.json
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method with its declared properties; the matrix test checks them by probing."""
+
+    name: str
+    run: Callable[[Context, Any], Outcome]
+    options: type[Any]
+    paper: str
+    summary: str
+    needs: frozenset[Need] = frozenset()
+    wants: frozenset[Need] = frozenset()  # used when there, said when missing
+    modalities: frozenset[Modality] = frozenset({"text", "classifier", "multimodal"})
+    removes_from_weights: bool = True
+    helpers_hold_data: bool = False  # trains helper models on the private data
+    sequential: Sequential = "repeat"
+    formula: str = ""
+
+    def __call__(self, context: Context, options: Any = None) -> Outcome:
+        """Check what the method needs, then run it.
+
+        Raises:
+            UserError: something that the method needs is missing, or the modality is not supported.
+        """
+        have = {"retain": bool(context.retain), "base": context.base is not None, "unseen": bool(context.unseen)}
+        for need in sorted(self.needs):
+            if not have.get(need, False):
+                raise UserError(f"method '{self.name}' needs {need} data, and none was given: add it, see --help.")
+        if context.adapter.modality not in self.modalities:
+            raise UserError(
+                f"method '{self.name}' works on {', '.join(sorted(self.modalities))}, "
+                f"not on a {context.adapter.modality} model."
+            )
+        return self.run(context, options if options is not None else self.options())
+
+    def configure(self, values: Mapping[str, Any]) -> Any:
+        """The method's options with ``values`` set; strings are read as the field's type."""
+        return configure(self.options, values, f"option of method {self.name}")
+
+
+_METHODS: dict[str, Method] = {}
+ALIASES = {"cluster_driven": "cluster"}  # the published prototype's name
+
+
+def register(entry: Method) -> Method:
+    if entry.name in _METHODS and _METHODS[entry.name].run is not entry.run:
+        raise AssertionError(f"two methods are called {entry.name}")
+    _METHODS[entry.name] = entry
+    return entry
+
+
+def method(
+    *, name: str, options: type[Any], paper: str, **declared: Any
+) -> Callable[[Callable[[Context, Any], Outcome]], Callable[[Context, Any], Outcome]]:
+    """Decorator that registers a method; ``summary`` is the first line of the function's docstring."""
+
+    def wrap(run: Callable[[Context, Any], Outcome]) -> Callable[[Context, Any], Outcome]:
+        summary = declared.pop("summary", (run.__doc__ or "").strip().split("\n")[0])
+        register(Method(name=name, run=run, options=options, paper=paper, summary=summary, **declared))
+        return run
+
+    return wrap
+
+
+def all_methods() -> dict[str, Method]:
+    """Every method by name: the modules of this package, then entry points of group ``expunge.methods``."""
+    package = importlib.import_module("expunge.methods")
+    for found in pkgutil.iter_modules(package.__path__, "expunge.methods."):
+        importlib.import_module(found.name)
+    for entry in entry_points(group="expunge.methods"):
+        entry.load()
+    return dict(sorted(_METHODS.items()))
+
+
+def get_method(name: str) -> Method:
+    """By name, alias, or ``path/to/file.py:name``.
+
+    Raises:
+        UserError: no such method or file; the nearest name is suggested.
+    """
+    if ".py:" in name:
+        path, _, wanted = name.rpartition(":")
+        if not Path(path).is_file():
+            raise UserError(f"method file '{path}' does not exist: give path/to/file.py:name.")
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        assert spec is not None and spec.loader is not None
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        if wanted not in _METHODS:
+            raise UserError(f"'{path}' registers no method called '{wanted}'.")
+        return _METHODS[wanted]
+    methods = all_methods()
+    name = ALIASES.get(name, name)
+    if name not in methods:
+        raise unknown("method", name, methods)
+    return methods[name]
+
+
+# -- options: a frozen keyword-only dataclass beside each method ---------------------------------------------------
+
+
+def option(default: Any, meaning: str, source: str = "", choices: Sequence[Any] = ()) -> Any:
+    """A dataclass field with its meaning, the source of its default, and the allowed values."""
+    return field(default=default, metadata={"meaning": meaning, "source": source, "choices": tuple(choices)})
+
+
+def configure(options: type[Any], values: Mapping[str, Any], kind: str) -> Any:
+    """``options(**values)`` with strings read as the field's type.
+
+    Raises:
+        UserError: unknown option (the nearest is suggested), a value of the wrong type, or one not allowed.
+    """
+    fields = {f.name: f for f in dataclasses.fields(options)}
+    hints = typing.get_type_hints(options)
+    read: dict[str, Any] = {}
+    for raw_key, value in values.items():
+        key = raw_key.replace("-", "_")
+        if key not in fields:
+            raise unknown(kind, raw_key, fields)
+        read[key] = _read(value, hints[key], f"{kind} '{key}'")
+        choices = fields[key].metadata.get("choices", ())
+        if choices and read[key] not in choices:
+            raise UserError(f"{kind} '{key}' = {value}: allowed are {', '.join(map(str, choices))}.")
+    return options(**read)
+
+
+def _read(value: Any, hint: Any, where: str) -> Any:
+    kinds = [k for k in typing.get_args(hint)] if isinstance(hint, types.UnionType) else [hint]
+    if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in kinds):
+        if type(None) in kinds:
+            return None
+        raise UserError(f"{where} may not be none.")
+    for kind in kinds:
+        try:
+            if kind is bool:
+                if isinstance(value, bool):
+                    return value
+                if isinstance(value, str) and value.lower() in ("true", "false", "1", "0", "yes", "no"):
+                    return value.lower() in ("true", "1", "yes")
+            elif kind in (int, float, str):
+                if kind is int and isinstance(value, float) and value != int(value):
+                    continue
+                return kind(value)
+        except (TypeError, ValueError):
+            continue
+    names = " or ".join(getattr(k, "__name__", str(k)) for k in kinds if k is not type(None))
+    raise UserError(f"{where} = {value!r} is not a {names}.")
+
+
+ROLES_A_METHOD_SEES: tuple[Role, ...] = ("forget", "retain")
