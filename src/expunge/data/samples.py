@@ -55,9 +55,7 @@ class Sample:
 
     def as_probe(self, probe: Probe, number: int = 0) -> Sample:
         """The probe as a sample of its own, so that it goes through a model like any other."""
-        return replace(
-            self, id=f"{self.id}/{probe.kind}/{number}", prompt=probe.prompt, target=probe.target, probes=()
-        )
+        return replace(self, id=f"{self.id}/{probe.kind}/{number}", prompt=probe.prompt, target=probe.target, probes=())
 
     def digest(self) -> str:
         """SHA-256 of what a model would see; equal content gives an equal digest whatever the id."""

@@ -6,12 +6,9 @@ group ``expunge.methods``, or ``path/to/file.py:name``), registered by :func:`me
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.util
 import pkgutil
-import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -20,9 +17,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from expunge.data.samples import Modality, Role, Sample
+from expunge.data.samples import Modality, Sample
 from expunge.errors import UserError, unknown
 from expunge.models.adapter import Adapter
+from expunge.options import configure
 from expunge.progress import Progress
 
 Need = Literal["retain", "base", "unseen", "llm"]
@@ -154,57 +152,3 @@ def get_method(name: str) -> Method:
     if name not in methods:
         raise unknown("method", name, methods)
     return methods[name]
-
-
-# -- options: a frozen keyword-only dataclass beside each method ---------------------------------------------------
-
-
-def option(default: Any, meaning: str, source: str = "", choices: Sequence[Any] = ()) -> Any:
-    """A dataclass field with its meaning, the source of its default, and the allowed values."""
-    return field(default=default, metadata={"meaning": meaning, "source": source, "choices": tuple(choices)})
-
-
-def configure(options: type[Any], values: Mapping[str, Any], kind: str) -> Any:
-    """``options(**values)`` with strings read as the field's type.
-
-    Raises:
-        UserError: unknown option (the nearest is suggested), a value of the wrong type, or one not allowed.
-    """
-    fields = {f.name: f for f in dataclasses.fields(options)}
-    hints = typing.get_type_hints(options)
-    read: dict[str, Any] = {}
-    for raw_key, value in values.items():
-        key = raw_key.replace("-", "_")
-        if key not in fields:
-            raise unknown(kind, raw_key, fields)
-        read[key] = _read(value, hints[key], f"{kind} '{key}'")
-        choices = fields[key].metadata.get("choices", ())
-        if choices and read[key] not in choices:
-            raise UserError(f"{kind} '{key}' = {value}: allowed are {', '.join(map(str, choices))}.")
-    return options(**read)
-
-
-def _read(value: Any, hint: Any, where: str) -> Any:
-    kinds = [k for k in typing.get_args(hint)] if isinstance(hint, types.UnionType) else [hint]
-    if value is None or (isinstance(value, str) and value.lower() == "none" and type(None) in kinds):
-        if type(None) in kinds:
-            return None
-        raise UserError(f"{where} may not be none.")
-    for kind in kinds:
-        try:
-            if kind is bool:
-                if isinstance(value, bool):
-                    return value
-                if isinstance(value, str) and value.lower() in ("true", "false", "1", "0", "yes", "no"):
-                    return value.lower() in ("true", "1", "yes")
-            elif kind in (int, float, str):
-                if kind is int and isinstance(value, float) and value != int(value):
-                    continue
-                return kind(value)
-        except (TypeError, ValueError):
-            continue
-    names = " or ".join(getattr(k, "__name__", str(k)) for k in kinds if k is not type(None))
-    raise UserError(f"{where} = {value!r} is not a {names}.")
-
-
-ROLES_A_METHOD_SEES: tuple[Role, ...] = ("forget", "retain")

@@ -199,7 +199,7 @@ class Adapter(ABC):
                 children = list(module.children())
                 if len(children) > len(longest) and len({type(c) for c in children}) == 1:
                     longest = children
-        return longest or [m for m in model.children()]
+        return longest or list(model.children())
 
     def positions(self, model: nn.Module, samples: Sequence[Sample]) -> Positions:
         """Collate, move to the model's device, run, and count the work."""

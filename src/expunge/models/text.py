@@ -184,7 +184,8 @@ class TextAdapter(Adapter):
                 mask_BT[row, longest - len(prompt) :] = 1
             self.meter.tokens_forward += ids_BT.numel() + len(group) * max_new_tokens
             with evaluating(model):
-                out_BT = model.generate(  # type: ignore[operator]
+                generator: Any = model
+                out_BT = generator.generate(
                     input_ids=ids_BT.to(device),
                     attention_mask=mask_BT.to(device),
                     max_new_tokens=max_new_tokens,
