@@ -1,0 +1,130 @@
+"""Next-token distributions of a reference model on given samples, kept small: hidden states and one head.
+
+N positions of D numbers are stored instead of N x V logits; logits are made again chunk by chunk when compared.
+Shape suffixes: L target tokens of a sample, D hidden width, C positions in a chunk, V vocabulary, R references.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from expunge.data.samples import Sample
+from expunge.errors import UserError
+from expunge.models.adapter import Adapter, Head, Positions, evaluating
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TokenDistributions:
+    """A reference model's distributions at the target tokens of some samples, by sample id; on the CPU.
+
+    A model whose adapter needs whole logits has no smaller form; its store then holds the logits themselves.
+    """
+
+    hidden: dict[str, Tensor]  # (L, D) each
+    targets: dict[str, Tensor]  # (L,) each, to see that the same tokens are compared
+    head: Head
+    vocab: int
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the stored states, without the head."""
+        return sum(h.numel() * h.element_size() for h in self.hidden.values())
+
+
+def snapshot(
+    model: nn.Module, adapter: Adapter, samples: Sequence[Sample], *, max_tokens: int = 4096
+) -> TokenDistributions:
+    """Run the reference once over the samples; later training of ``model`` does not change what is kept."""
+    hidden: dict[str, Tensor] = {}
+    targets: dict[str, Tensor] = {}
+    head: Head | None = None
+    vocab = 0
+    with evaluating(model):
+        for group in adapter.batches(samples, max_tokens):
+            positions = adapter.positions(model, [samples[i] for i in group])
+            for row, index in enumerate(group):
+                mine_N = positions.sample_N == row
+                hidden[samples[index].id] = positions.hidden_ND[mine_N].cpu()
+                targets[samples[index].id] = positions.targets_N[mine_N].cpu()
+            if head is None:
+                head, vocab = positions.head.snapshot(), positions.vocab
+    if head is None:
+        raise UserError("no samples were given to take the reference's distributions on: name at least one.")
+    head.module.cpu()
+    return TokenDistributions(hidden, targets, head, vocab)
+
+
+def total_variation(
+    model: nn.Module,
+    adapter: Adapter,
+    samples: Sequence[Sample],
+    references: Sequence[TokenDistributions],
+    *,
+    max_tokens: int = 4096,
+) -> list[Floats]:
+    """Total variation 1/2 sum_v |p(v) - q_r(v)| per target token and reference, in [0, 1]: one (L, R) per sample.
+
+    The model runs once, whatever the number of references.
+
+    Raises:
+        UserError: no reference, a sample that a reference was not run on, other tokens, or another vocabulary.
+    """
+    if not references:
+        raise UserError("total variation needs at least one reference model: name one with --reference.")
+    device = next(model.parameters()).device
+    found: list[Floats] = [np.zeros((0, len(references)), dtype=np.float32)] * len(samples)
+    for store in references:
+        store.head.module.to(device)
+    try:
+        with evaluating(model):
+            for group in adapter.batches(samples, max_tokens):
+                positions = adapter.positions(model, [samples[i] for i in group])
+                ids = [samples[i].id for i in group]
+                columns = [_against(positions, store, ids) for store in references]
+                values_NR = torch.stack(columns, dim=1).float().cpu().numpy().reshape(-1, len(references))
+                sample_N = positions.sample_N.cpu().numpy()
+                for row, index in enumerate(group):
+                    found[index] = values_NR[sample_N == row]
+    finally:
+        for store in references:
+            store.head.module.cpu()
+    return found
+
+
+def tv_per_token(
+    model: nn.Module, adapter: Adapter, samples: Sequence[Sample], store: TokenDistributions, *, max_tokens: int = 4096
+) -> list[Floats]:
+    """Total variation per target token to one reference: one (L,) array per sample."""
+    return [values_LR[:, 0] for values_LR in total_variation(model, adapter, samples, [store], max_tokens=max_tokens)]
+
+
+def _against(positions: Positions, store: TokenDistributions, ids: Sequence[str]) -> Tensor:
+    """(N,) total variation between the batch at hand and one store."""
+    missing = [i for i in ids if i not in store.hidden]
+    if missing:
+        raise UserError(f"the reference was not run on sample '{missing[0]}': take its snapshot on the same samples.")
+    if store.vocab != positions.vocab:
+        raise UserError(
+            f"the model predicts {positions.vocab} tokens or classes and the reference {store.vocab}: "
+            "total variation compares models with one vocabulary."
+        )
+    device = positions.hidden_ND.device
+    by_sample_N = positions.sample_N.argsort(stable=True)  # adapters need not group positions by sample
+    if not torch.equal(torch.cat([store.targets[i] for i in ids]).to(device), positions.targets_N[by_sample_N]):
+        raise UserError("model and reference were given different tokens: use one tokenizer, template and context.")
+    stored_ND = torch.cat([store.hidden[i] for i in ids]).to(device)
+    hidden_ND = stored_ND[by_sample_N.argsort()]
+
+    def distance(logits_CV: Tensor, targets_C: Tensor, hidden_CD: Tensor) -> Tensor:
+        reference_CV = store.head(hidden_CD).softmax(1)
+        return (0.5 * (logits_CV.float().softmax(1) - reference_CV).abs().sum(1)).clamp(0, 1)
+
+    return positions.per_token(distance, hidden_ND)
