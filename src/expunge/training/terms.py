@@ -1,0 +1,119 @@
+"""Terms of an objective: a value per target token or per sample of one role, weighted and averaged.
+
+Because every term is a sum over units divided by the number of units in the whole batch, gradient accumulation
+over micro-batches of any shape equals the large batch.
+
+Shape suffixes: B samples, N target positions, V vocabulary, C positions of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from expunge.data.samples import Sample
+from expunge.models.adapter import Adapter, Head, Positions, evaluating
+
+
+@dataclass
+class View:
+    """One role in one micro-batch: what the model left at its target positions, and whose they are.
+
+    ``partner`` is the same for each sample's partner (the refusal beside the answer, say), in the same order.
+    """
+
+    positions: Positions
+    samples: Sequence[Sample]
+    partner: View | None = None
+    _log_prob_N: Tensor | None = field(default=None, repr=False)
+
+    def log_prob_N(self) -> Tensor:
+        if self._log_prob_N is None:
+            self._log_prob_N = self.positions.log_prob_N()
+        return self._log_prob_N
+
+    def log_prob_B(self) -> Tensor:
+        """Summed log-probability of each sample's target, nats."""
+        return self.positions.sum_per_sample(self.log_prob_N())
+
+
+@dataclass(frozen=True)
+class Term:
+    """``weight`` × mean over the units of ``role`` of ``values(view)``, shape (N,) for tokens, (B,) for samples."""
+
+    name: str
+    role: str
+    unit: Literal["token", "sample"]
+    values: Callable[[View], Tensor]
+    weight: float = 1.0
+
+
+@dataclass
+class Teacher:
+    """A frozen model's states at the target positions of given samples, computed once, with its head.
+
+    Keeps N×D numbers instead of N×V logits, and no second model in memory.
+    """
+
+    head: Head
+    hidden: dict[str, Tensor]  # sample id -> (n, D)
+    log_prob_sum: dict[str, float]
+
+    @classmethod
+    def of(cls, model: nn.Module, adapter: Adapter, samples: Sequence[Sample], max_tokens: int = 8192) -> Teacher:
+        """One pass of ``model`` over ``samples``."""
+        hidden: dict[str, Tensor] = {}
+        sums: dict[str, float] = {}
+        head: Head | None = None
+        with evaluating(model):
+            for group in adapter.batches(samples, max_tokens):
+                positions = adapter.positions(model, [samples[i] for i in group])
+                if head is None:
+                    head = positions.head.snapshot()
+                sum_B = positions.sum_per_sample(positions.log_prob_N())
+                for row, i in enumerate(group):
+                    hidden[samples[i].id] = positions.hidden_ND[positions.sample_N == row].clone()
+                    sums[samples[i].id] = float(sum_B[row])
+        assert head is not None, "a teacher needs samples"
+        return cls(head, hidden, sums)
+
+    def hidden_ND(self, samples: Sequence[Sample]) -> Tensor:
+        """States at the target positions of these samples, one after another."""
+        return torch.cat([self.hidden[s.id] for s in samples])
+
+    def log_prob_B(self, samples: Sequence[Sample], like: Tensor) -> Tensor:
+        """Summed target log-probabilities of these samples under the teacher, nats."""
+        return torch.tensor([self.log_prob_sum[s.id] for s in samples], device=like.device, dtype=like.dtype)
+
+    def compare(self, view: View, value: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """``value(logits_CV, teacher_logits_CV, targets_C) -> (C,)`` over all positions of the view."""
+
+        def both(logits_CV: Tensor, targets_C: Tensor, hidden_CD: Tensor) -> Tensor:
+            with torch.no_grad():
+                teacher_CV = self.head(hidden_CD)
+            return value(logits_CV, teacher_CV, targets_C)
+
+        return view.positions.per_token(both, self.hidden_ND(view.samples).to(view.positions.hidden_ND.device))
+
+
+# -- values shared by training and methods ---------------------------------------------------------------------------
+
+
+def nll_N(view: View) -> Tensor:
+    """−log p(target), nats per token: the training loss."""
+    return -view.log_prob_N()
+
+
+def kl_C(logits_CV: Tensor, teacher_CV: Tensor, targets_C: Tensor) -> Tensor:
+    """KL(teacher ‖ model) per position, nats."""
+    teacher_log = teacher_CV.log_softmax(1)
+    return (teacher_log.exp() * (teacher_log - logits_CV.log_softmax(1))).sum(1)
+
+
+def training_term(role: str = "train") -> Term:
+    """Mean negative log-likelihood over the target tokens of ``role``."""
+    return Term("nll", role, "token", nll_N)
