@@ -1,4 +1,4 @@
-"""What every test may use."""
+"""Helpers that every test may use."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("EXPUNGE_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 
 
 def shared(path: str) -> Path:
-    """A file or folder of the shared data (``EXPUNGE_SHARED``, else beside the repository); skips when absent."""
-    folder = Path(os.environ.get("EXPUNGE_SHARED", ROOT.parent / "shared"))
-    if not (folder / path).exists():
-        pytest.skip(f"{folder / path} is not there: set EXPUNGE_SHARED to the folder with the shared data")
-    return folder / path
+    """A file or folder of the shared test data; skips the test when it is not there."""
+    found = SHARED / path
+    if not found.exists():
+        pytest.skip(f"shared data '{path}' is not there: set EXPUNGE_SHARED to its folder")
+    return found
