@@ -1,0 +1,34 @@
+"""``expunge ls``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from expunge.cli.catalogue import KINDS, catalogue
+from expunge.cli.common import Json, emit, table
+from expunge.errors import unknown
+
+
+def command(
+    kind: Annotated[str, typer.Argument(help=f"What to list: {', '.join(KINDS)}.")],
+    json: Json = False,
+) -> None:
+    """List the methods, attacks, metrics, datasets or models that can be named.
+
+    Those of installed extensions are listed with the others.
+
+    Examples:
+      expunge ls methods
+      expunge ls datasets --json
+    """
+    if kind not in KINDS:
+        raise unknown("kind", kind, KINDS)
+    entries = catalogue(kind)
+    text = table([(entry.name, entry.summary) for entry in entries.values()]) + f"\n{len(entries)} {kind}; "
+    emit(
+        {"schema": "expunge.ls/1", "kind": kind, "items": list(entries.values())},
+        text + "'expunge show NAME' tells more.",
+        json,
+    )
