@@ -100,12 +100,21 @@ def commas(text: str | None) -> list[str]:
 
 
 def pairs(text: str | None, option: str) -> dict[str, str]:
-    """``"r=8,alpha=16"`` as a dictionary of strings.
+    """``"r=8,alpha=16"`` as a dictionary of strings; a place without ``=`` belongs to the value before it.
+
+    >>> pairs("r=8,targets=q_proj,v_proj", "--lora")
+    {'r': '8', 'targets': 'q_proj,v_proj'}
 
     Raises:
         UserError: see :func:`key_values`.
     """
-    return key_values(commas(text), option)
+    items: list[str] = []
+    for item in commas(text):
+        if "=" in item or not items:
+            items.append(item)
+        else:
+            items[-1] += f",{item}"
+    return key_values(items, option)
 
 
 def existing(path: Path | None, option: str) -> Path | None:
