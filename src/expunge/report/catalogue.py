@@ -1,0 +1,142 @@
+"""What the report knows about a metric from its name: group, label, ideal, formula.
+
+A name is ``stem[.role]``, for example ``prob.forget`` or ``quant4.prob.forget``. An unknown metric is shown too, in
+the group that its role suggests and without a claim about which direction is good.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Group = Literal["forgetting", "retention", "privacy", "robustness", "other"]
+GROUPS: tuple[Group, ...] = ("forgetting", "retention", "privacy", "robustness", "other")
+# reference: best where the retrained model is, both sides count; zero: a distance; high, low: one-sided
+Ideal = Literal["reference", "zero", "high", "low"]
+ROLES = ("forget", "retain", "holdout", "utility")
+REQUEST = re.compile(r"^(?P<stem>.+)\.request_(?P<number>\d+)$")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table: ``pattern`` matches the stem in full."""
+
+    pattern: str
+    label: str
+    formula: str
+    group: Group | None = None  # None: the role decides
+    ideal: Ideal | None = None  # None: reference on forget, ``better`` elsewhere
+    better: Literal["high", "low"] = "high"
+
+
+# fmt: off
+ENTRIES: tuple[Entry, ...] = (
+    Entry("tv", "total variation", "TV = ½ Σ_v |p(v) − p_ref(v)| over the vocabulary, mean over target positions "
+          "and samples; 0 = the same predictions as the retrained model", None, "zero"),
+    Entry("kl", "KL divergence", "KL = Σ_v p_ref(v) log(p_ref(v) / p(v)) in nats, mean over target positions and "
+          "samples; 0 = the same predictions", None, "zero"),
+    Entry("js", "Jensen-Shannon", "JS = ½ KL(p ‖ m) + ½ KL(p_ref ‖ m), m = ½ (p + p_ref), in nats", None, "zero"),
+    Entry("prob", "probability", "P = exp(−loss): the geometric mean of the target tokens' probabilities, mean over "
+          "samples"),
+    Entry("loss|nll", "loss", "loss = −(1/T) Σ_t log p(x_t | x_<t) in nats per target token, mean over samples",
+          better="low"),
+    Entry("rouge.*", "ROUGE-L recall", "longest common subsequence of generated and true answer, in words, divided "
+          "by the length of the true answer; mean over samples"),
+    Entry("truth_ratio", "truth ratio", "TR = geometric mean over wrong answers of P(wrong | q) / P(restated true "
+          "answer | q); TOFU, arXiv 2401.06121, eq. 1"),
+    Entry(r"forget_quality\.ks.*", "KS distance", "largest vertical gap between the distributions of the truth ratio "
+          "on forget under this model and under the retrained model", "forgetting", "zero"),
+    Entry(r"forget_quality(\.p_value)?", "forget quality p", "p-value of the two-sample Kolmogorov-Smirnov test on "
+          "the truth ratios of this model and the retrained model; small = told apart", "forgetting", "high"),
+    Entry("model_utility.*", "model utility", "harmonic mean of probability, ROUGE-L recall and truth ratio over the "
+          "sets that must be kept; arXiv 2401.06121, sec. 2.2", "retention", "high"),
+    Entry("perplexity", "perplexity", "exp of the mean loss per token over the role's texts", better="low"),
+    Entry("accuracy|acc", "accuracy", "share of samples whose most probable class is the true one"),
+    Entry(r"mia\.(?P<x>[\w+-]+)\.auc", "membership AUC", "area under the ROC curve of the attack's score, forget "
+          "against holdout samples; the retrained model's AUC is the target, 0.5 = chance", "privacy", "reference"),
+    Entry(r"mia\.(?P<x>[\w+-]+)\.tpr.*", "membership TPR", "true positive rate of the attack at the false positive "
+          "rate in the name; forget = positive, holdout = negative", "privacy", "reference"),
+    Entry(r"mia.*|membership.*", "membership", "score of a membership attack, forget against holdout", "privacy",
+          "reference"),
+    Entry("privleak", "PrivLeak", "((1 − AUC) − (1 − AUC_ref)) / (1 − AUC_ref) · 100 with the Min-K attack; "
+          "MUSE, arXiv 2407.06460; 0 = like retrained", "privacy", "zero"),
+    Entry("min_k.*", "Min-K", "mean log-probability of the k % least probable target tokens", "privacy",
+          "reference"),
+    Entry(r"extraction.*|exact_memori[sz]ation|verbatim.*", "extraction", "how much of the target greedy decoding "
+          "reproduces", "privacy", "reference"),
+    Entry(r"completeness.*|iam.*", "completeness", "calibrated per-sample answer to 'is it gone?', mean over "
+          "samples", "privacy", "reference"),
+    Entry(r"relearn\.(?P<x>[\w]+)", "relearned", "measured after fine-tuning on a few forget or related samples; a "
+          "ratio compares with the retrained model under the same fine-tuning", "robustness", "reference"),
+    Entry(r"(?P<x>quant\w*)\.(?P<y>\w+)", "quantized", "measured again after the weights were rounded to the number "
+          "of bits in the name", "robustness", "reference"),
+    Entry(r"(prune\w*|noise\w*|prompt\w*|jailbreak\w*|probe\w*)(\..*)?", "attacked", "measured again under the "
+          "attack in the name", "robustness", "reference"),
+)
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric name, understood."""
+
+    name: str
+    stem: str
+    role: str
+    label: str
+    group: Group
+    ideal: Ideal | None
+    formula: str
+
+
+def split_role(name: str) -> tuple[str, str]:
+    """Stem and role; the role is empty when the name carries none.
+
+    >>> split_role("quant4.prob.forget"), split_role("model_utility")
+    (('quant4.prob', 'forget'), ('model_utility', ''))
+    """
+    stem, _, last = name.rpartition(".")
+    return (stem, last) if stem and last in ROLES else (name, "")
+
+
+def understand(name: str) -> Metric:
+    """The metric behind a name; never fails.
+
+    >>> understand("prob.forget").ideal, understand("perplexity.utility").ideal
+    ('reference', 'low')
+    """
+    stem, role = split_role(name)
+    by_role: Group = "forgetting" if role == "forget" else "retention" if role else "other"
+    for entry in ENTRIES:
+        match = re.fullmatch(entry.pattern, stem)
+        if match is None:
+            continue
+        parts = [part.replace("_", " ") for part in match.groupdict().values() if part]
+        label = f"{entry.label} ({', '.join(parts)})" if parts else entry.label
+        group = entry.group or by_role
+        ideal = entry.ideal or ("reference" if role == "forget" else entry.better if role else None)
+        return Metric(name, stem, role, f"{label}, {role}" if role else label, group, ideal, entry.formula)
+    plain = stem.replace("_", " ").replace(".", " ")
+    unknown_ideal: Ideal | None = "reference" if role == "forget" else None
+    return Metric(name, stem, role, f"{plain}, {role}" if role else plain, by_role, unknown_ideal, "")
+
+
+_ORDER = [
+    *("tv.forget", "prob.forget", "rouge.forget", "forget_quality.ks_distance", "forget_quality.p_value"),
+    *("truth_ratio.forget", "loss.forget", "accuracy.forget"),
+    *("model_utility", "prob.retain", "rouge.retain", "accuracy.retain", "perplexity.utility", "tv.retain"),
+]
+# Distances to the retrained model, the one to rank by first
+PRIMARY = ("tv.forget", "js.forget", "kl.forget", "forget_quality.ks_distance", "prob.forget", "loss.forget")
+RETENTION = ("model_utility", "prob.retain", "rouge.retain", "accuracy.retain", "prob.utility", "accuracy.utility")
+
+
+def in_order(names: set[str]) -> list[Metric]:
+    """Metrics by group, the best known first."""
+
+    def key(metric: Metric) -> tuple[int, int, str]:
+        known = _ORDER.index(metric.name) if metric.name in _ORDER else len(_ORDER)
+        return GROUPS.index(metric.group), known, metric.name
+
+    return sorted((understand(name) for name in names if REQUEST.match(name) is None), key=key)

@@ -1,0 +1,124 @@
+"""``samples.jsonl`` as the report reads it: one line per sample and model, texts shared, damage reported."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+TEXT_FIELDS = ("model", "method", "seed", "id", "subject", "role", "prompt", "target", "generated", "verdict")
+VERDICTS = ("still-remembered", "like-retrained", "over-forgotten", "not-auditable")
+EMBED_LIMIT = 20_000  # rows in the page: about 4 MB; every row stays in samples.jsonl
+TEXT_LIMIT = 4_000  # characters of one text in the page
+FIRST_ROLES = {"forget": 0, "holdout": 1, "retain": 2, "utility": 3}
+
+
+@dataclass
+class SampleRecord:
+    """The readable lines of ``samples.jsonl``; ``damaged`` counts lines that are not JSON objects."""
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    damaged: int = 0
+    present: bool = False
+
+    def values(self, model: str, name: str, role: str = "forget") -> list[float]:
+        """Finite values of one number over the samples of one model in one role."""
+        found = (row.get(name) for row in self.rows if row.get("model") == model and row.get("role") == role)
+        return [float(v) for v in found if _is_number(v)]
+
+
+def load_samples(folder: Path) -> SampleRecord:
+    """Read ``samples.jsonl``; a missing file gives an empty record, a broken line is counted and left out."""
+    path = Path(folder) / "samples.jsonl"
+    record = SampleRecord(present=path.is_file())
+    if not record.present:
+        return record
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                row = None
+            if isinstance(row, dict) and "id" in row:
+                record.rows.append(row)
+            else:
+                record.damaged += 1
+    return record
+
+
+def verdict_counts(rows: Sequence[dict[str, Any]], models: Collection[str] = ()) -> dict[str, Counter[str]]:
+    """Per method, how many forget samples (over all its seeds) have each verdict.
+
+    ``models`` restricts to these model names (the main study); empty means all.
+    """
+    counts: dict[str, Counter[str]] = {}
+    for row in rows:
+        verdict = row.get("verdict")
+        if row.get("role") != "forget" or not verdict or (models and row.get("model") not in models):
+            continue
+        counts.setdefault(str(row.get("method", "")), Counter())[str(verdict)] += 1
+    return counts
+
+
+def number_names(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Names of the numeric fields, ``loss`` and ``prob`` first, then in order of first appearance."""
+    names = dict.fromkeys(
+        name for row in rows for name, value in row.items() if name not in TEXT_FIELDS and _is_number(value)
+    )
+    first = [name for name in ("loss", "prob") if name in names]
+    return first + [name for name in names if name not in first]
+
+
+def pack(rows: Sequence[dict[str, Any]], limit: int = EMBED_LIMIT) -> dict[str, Any]:
+    """Rows as columns for the page: texts once per sample, numbers rounded to 5 digits.
+
+    ``{"numbers": [name], "models": [[model, method, seed]], "texts": [[id, subject, role, prompt, target]],
+    "rows": [[text, model, verdict, generated, number…]], "total": int}``. When there are more than ``limit`` rows,
+    forget samples and those still remembered are kept first.
+    """
+    kept = list(rows)
+    if len(kept) > limit:
+        kept.sort(key=lambda r: (FIRST_ROLES.get(str(r.get("role")), 4), r.get("verdict") != "still-remembered"))
+        kept = kept[:limit]
+    numbers = number_names(kept)
+    texts: dict[tuple[str, ...], int] = {}
+    models: dict[tuple[str, str, str], int] = {}
+    packed: list[list[Any]] = []
+    for row in kept:
+        text = tuple(_text(row.get(name)) for name in ("id", "subject", "role", "prompt", "target"))
+        model = (_text(row.get("model")), _text(row.get("method")), _text(row.get("seed")))
+        packed.append(
+            [
+                texts.setdefault(text, len(texts)),
+                models.setdefault(model, len(models)),
+                row.get("verdict") if isinstance(row.get("verdict"), str) else None,
+                None if row.get("generated") is None else _text(row["generated"]),
+                *(_short(row.get(name)) for name in numbers),
+            ]
+        )
+    return {
+        "numbers": numbers,
+        "models": [list(model) for model in models],
+        "texts": [list(text) for text in texts],
+        "rows": packed,
+        "total": len(rows),
+    }
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _short(value: Any) -> float | None:
+    return float(f"{value:.5g}") if _is_number(value) else None
+
+
+def _text(value: Any) -> str:
+    text = "" if value is None else str(value)
+    return text if len(text) <= TEXT_LIMIT else text[:TEXT_LIMIT] + f" … ({len(text) - TEXT_LIMIT} more characters)"
