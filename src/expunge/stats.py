@@ -83,24 +83,31 @@ def resampled_weights(num_groups: int, resamples: int, rng: np.random.Generator)
 
 
 def group_sums(values_NK: Floats, codes_N: NDArray[np.intp]) -> tuple[Floats, Floats]:
-    """Sums (G, K) and item counts (G,) of each group."""
+    """Sums and counts of the measured values of each group and column, (G, K) each."""
     num_groups = int(codes_N.max()) + 1 if len(codes_N) else 0
-    sums_GK = np.zeros((num_groups, values_NK.shape[1]))
-    np.add.at(sums_GK, codes_N, values_NK)
-    return sums_GK, np.bincount(codes_N, minlength=num_groups).astype(np.float64)
+    sums_GK, counts_GK = np.zeros((2, num_groups, values_NK.shape[1]))
+    measured_NK = ~np.isnan(values_NK)
+    np.add.at(sums_GK, codes_N, np.where(measured_NK, values_NK, 0.0))
+    np.add.at(counts_GK, codes_N, measured_NK.astype(np.float64))
+    return sums_GK, counts_GK
 
 
 def bootstrap_means(values: ArrayLike, groups: Groups = None, resamples: int = RESAMPLES, seed: int = 0) -> Floats:
-    """Bootstrap means of (N,) or (N, K) values, whole groups drawn together: (R,) or (R, K), deterministic in seed."""
+    """Bootstrap means of (N,) or (N, K) values, whole groups drawn together: (R,) or (R, K), deterministic in seed.
+
+    The K columns of an item stay together, so that functions of several means keep their correlation.
+    """
     array = np.asarray(values, dtype=np.float64)
-    values_NK = array.reshape(len(array), -1)
-    sums_GK, counts_G = group_sums(values_NK, group_codes(groups, len(values_NK)))
-    rng, num_groups = np.random.default_rng(seed), len(counts_G)
-    step = max(1, BLOCK // max(1, num_groups))
+    values_NK = array[:, None] if array.ndim == 1 else array
+    sums_GK, counts_GK = group_sums(values_NK, group_codes(groups, len(values_NK)))
+    if len(sums_GK) == 0:
+        return np.full((resamples, *array.shape[1:]), NAN)
+    rng, step = np.random.default_rng(seed), max(1, BLOCK // len(sums_GK))
     parts = []
     for start in range(0, resamples, step):
-        weights_RG = resampled_weights(num_groups, min(step, resamples - start), rng)
-        parts.append(weights_RG @ sums_GK / (weights_RG @ counts_G)[:, None])
+        weights_RG = resampled_weights(len(sums_GK), min(step, resamples - start), rng)
+        with np.errstate(invalid="ignore"):  # a column that was measured in no drawn group has no mean: nan
+            parts.append(weights_RG @ sums_GK / (weights_RG @ counts_GK))
     means_RK = np.concatenate(parts)
     return means_RK[:, 0] if array.ndim == 1 else means_RK
 
@@ -147,8 +154,8 @@ def bootstrap_mean(
     if method == "percentile":
         low, high = percentile_interval(means_R, level)
     else:
-        sums_GK, counts_G = group_sums(array[:, None], codes)
-        left_out_G = (sums_GK[:, 0].sum() - sums_GK[:, 0]) / (counts_G.sum() - counts_G)
+        sums_G, counts_G = (x[:, 0] for x in group_sums(array[:, None], codes))
+        left_out_G = (sums_G.sum() - sums_G) / (counts_G.sum() - counts_G)
         low, high = _bca_interval(means_R, value, left_out_G, level)
     return Estimate(value, low, high, array.size, definition)
 
@@ -227,8 +234,8 @@ def hoeffding_mean(values: ArrayLike, groups: Groups = None, *, level: float = L
         return Estimate(NAN, definition=definition)
     if array.min() < 0 or array.max() > 1:
         raise UserError("Hoeffding's bound needs values between 0 and 1: scale them first.")
-    sums_GK, counts_G = group_sums(array[:, None], codes)
-    value, num = float((sums_GK[:, 0] / counts_G).mean()), len(counts_G)
+    sums_G, counts_G = (x[:, 0] for x in group_sums(array[:, None], codes))
+    value, num = float((sums_G / counts_G).mean()), len(counts_G)
     half = math.sqrt(math.log(2 / (1 - level)) / (2 * num))
     return Estimate(value, max(0.0, value - half), min(1.0, value + half), num, definition)
 
