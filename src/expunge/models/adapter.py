@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -23,22 +25,35 @@ from expunge.data.samples import Modality, Sample
 from expunge.errors import UserError
 
 CHUNK_ELEMENTS = 1 << 23  # logits held at once: 2^23 float32 = 32 MiB
+_PARAMETERS: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # weak: a new model may get an old one's id
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Parameters of the model (tied ones once); counted at the first call for each model object."""
+    if model not in _PARAMETERS:
+        _PARAMETERS[model] = sum(p.numel() for p in model.parameters())
+    return _PARAMETERS[model]
 
 
 @dataclass
 class Meter:
-    """Counts the work of every pass through an adapter: FLOPs ≈ 2·P per token forward, 6·P with backward."""
+    """Counts the work of every pass through an adapter: FLOPs ≈ 2·P per token forward, 6·P with backward.
+
+    The rule is that of Kaplan et al. 2020 (arXiv 2001.08361, section 2.1); a model whose parameters act at many
+    positions (convolutions) gives its own forward FLOPs per token.
+    """
 
     tokens_forward: int = 0
     tokens_backward: int = 0
     flops: float = 0.0
 
-    def count(self, model: nn.Module, tokens: int) -> None:
-        parameters = sum(p.numel() for p in model.parameters())
+    def count(self, model: nn.Module, tokens: int, forward_flops: float | None = None) -> None:
+        """Add a pass over ``tokens``; ``forward_flops`` per token replaces 2·P."""
+        each = 2.0 * num_parameters(model) if forward_flops is None else forward_flops
         backward = torch.is_grad_enabled()
         self.tokens_forward += tokens
         self.tokens_backward += tokens if backward else 0
-        self.flops += (6.0 if backward else 2.0) * parameters * tokens
+        self.flops += (3.0 if backward else 1.0) * each * tokens
 
 
 @dataclass(frozen=True)
@@ -158,7 +173,7 @@ class Adapter(ABC):
 
     meter: Meter = field(default_factory=Meter)
     truncated: set[str] = field(default_factory=set)  # ids of samples that were cut to the context
-    _encoded: dict[tuple[str, int], Any] = field(default_factory=dict, repr=False)
+    _encoded: dict[Any, tuple[Any, Any]] = field(default_factory=dict, repr=False)
 
     modality: Modality = "text"
     can_generate: bool = False
@@ -205,15 +220,23 @@ class Adapter(ABC):
         """Collate, move to the model's device, run, and count the work."""
         device = next(model.parameters()).device
         batch = self.collate(samples).to(device)
-        self.meter.count(model, batch.num_tokens)
+        self.meter.count(model, batch.num_tokens, self.forward_flops(model))
         hidden_ND, head = self.hidden_and_head(model, batch)
         return Positions(hidden_ND, batch.targets_N, batch.sample_N, batch.num_samples, head)
 
+    def forward_flops(self, model: nn.Module) -> float | None:
+        """Forward FLOPs per token where 2·P is wrong; None elsewhere."""
+        return None
+
     def cached(self, sample: Sample) -> Any:
-        key = (sample.id, hash((sample.prompt, sample.target)))
+        """``encode(sample)``, computed once. Arrays count by identity: do not edit one in place afterwards."""
+        image = sample.image
+        # The entry holds on to the array, so that its id cannot be given to another one.
+        seen = id(image) if isinstance(image, np.ndarray) else str(image or "")
+        key = (sample.id, sample.prompt, sample.target, seen)
         if key not in self._encoded:
-            self._encoded[key] = self.encode(sample)
-        return self._encoded[key]
+            self._encoded[key] = (self.encode(sample), image)
+        return self._encoded[key][0]
 
     def batches(self, samples: Sequence[Sample], max_tokens: int = 4096) -> Iterator[list[int]]:
         """Indices in batches of at most ``max_tokens`` padded tokens, longest first (so memory peaks early)."""
