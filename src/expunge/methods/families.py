@@ -22,6 +22,7 @@ from expunge.methods.registry import Context, Method, Outcome, register
 from expunge.options import option
 from expunge.training.batching import EpochPlan
 from expunge.training.loop import Feed, Trainer, TrainOptions, train
+from expunge.training.optimizers import sized_rate
 from expunge.training.terms import Teacher, Term, View, kl_C, nll_N
 
 Replace = Literal["no", "answer", "partner"]
@@ -32,7 +33,7 @@ class FamilyOptions(TrainOptions):
     """Options of every row; what a row does not use has no effect."""
 
     epochs: float = option(10.0, "passes over the forget set", "TOFU, OpenUnlearning: 10")
-    learning_rate: float = option(1e-4, "peak learning rate")
+    learning_rate: float | None = option(None, "peak learning rate; the paper's, raised for small models, if none")
     batch_size: int = option(8, "forget samples in one step")
     retain_batch: int = option(8, "retain samples in one step", "one per forget sample, as OpenUnlearning")
     retain: str = option("nll", "retain term", "", ("nll", "kl", "none"))
@@ -106,6 +107,7 @@ class Row:
     defaults: dict[str, Any]
     replaces: Replace = "no"
     teacher: bool = False
+    rate: float = 1e-5  # the paper's learning rate, for models of a billion parameters and more
 
 
 FAMILIES: tuple[Row, ...] = (
@@ -116,7 +118,7 @@ FAMILIES: tuple[Row, ...] = (
         "gradient ascent on the forget loss, nothing else",
         "−NLL(f)",
         "Jang et al. 2023, arXiv:2210.01504",
-        {"retain": "none", "learning_rate": 1e-5},
+        {"retain": "none"},
     ),
     Row(
         "graddiff",
@@ -125,7 +127,7 @@ FAMILIES: tuple[Row, ...] = (
         "gradient ascent on forget, descent on retain",
         "−NLL(f) + NLL(r)",
         "Liu et al. 2022, arXiv:2203.12817; TOFU, arXiv:2401.06121",
-        {"retain": "nll", "learning_rate": 1e-5},
+        {"retain": "nll"},
     ),
     Row(
         "kl",
@@ -134,7 +136,7 @@ FAMILIES: tuple[Row, ...] = (
         "gradient ascent on forget, close to the original on retain",
         "−NLL(f) + KL(p_o ‖ p_θ)(r)",
         "TOFU, Maini et al. 2024, arXiv:2401.06121",
-        {"retain": "kl", "learning_rate": 1e-5},
+        {"retain": "kl"},
     ),
     Row(
         "idk",
@@ -143,7 +145,7 @@ FAMILIES: tuple[Row, ...] = (
         "learn a refusal in place of each answer",
         "NLL(refusal | f) + NLL(r)",
         "TOFU, Maini et al. 2024, arXiv:2401.06121",
-        {"retain": "nll", "learning_rate": 1e-5},
+        {"retain": "nll"},
         replaces="answer",
     ),
     Row(
@@ -153,7 +155,7 @@ FAMILIES: tuple[Row, ...] = (
         "prefer a refusal to the answer",
         "−log σ(β[log p_θ/p_o(refusal) − log p_θ/p_o(y)]) + retain",
         "Rafailov et al. 2023, arXiv:2305.18290; as unlearning: arXiv:2404.05868",
-        {"retain": "nll", "beta": 0.1, "learning_rate": 1e-5},
+        {"retain": "nll", "beta": 0.1},
         replaces="partner",
         teacher=True,
     ),
@@ -164,7 +166,7 @@ FAMILIES: tuple[Row, ...] = (
         "negative preference: DPO with only the losing answer",
         "−(2/β) log σ(−β log p_θ/p_o(y)) + retain",
         "Zhang et al. 2024, arXiv:2404.05868",
-        {"retain": "nll", "beta": 0.1, "learning_rate": 1e-5},
+        {"retain": "nll", "beta": 0.1},
         teacher=True,
     ),
     Row(
@@ -174,7 +176,7 @@ FAMILIES: tuple[Row, ...] = (
         "reference-free, length-normalised NPO",
         "−(2/β) log σ(−(β/|y|) log p_θ(y) − δ) + retain",
         "Fan et al. 2024, arXiv:2410.07163",
-        {"retain": "nll", "beta": 4.5, "gamma": 0.125, "learning_rate": 1e-5},
+        {"retain": "nll", "beta": 4.5, "gamma": 0.125},
     ),
     Row(
         "undial",
@@ -183,7 +185,8 @@ FAMILIES: tuple[Row, ...] = (
         "self-distillation from the original with the true token's logit lowered",
         "CE(softmax(z_o − β·1[y]), p_θ) + retain",
         "Dong et al. 2024, arXiv:2402.10052",
-        {"retain": "none", "beta": 10.0, "learning_rate": 1e-4},
+        {"retain": "none", "beta": 10.0},
+        rate=1e-4,
         teacher=True,
     ),
 )
@@ -209,6 +212,8 @@ def retain_term(kind: str, alpha: float, teacher: Teacher | None) -> list[Term]:
 
 def run_family(row: Row, context: Context, options: FamilyOptions) -> Outcome:
     """Edit ``context.model`` by the row's objective."""
+    if options.learning_rate is None:
+        options = replace(options, learning_rate=sized_rate(context.model, row.rate))
     rng = np.random.default_rng(context.seed)
     forget: Sequence[Sample] = context.forget
     partners: Sequence[Sample] | None = None

@@ -19,7 +19,6 @@ class RetrainOptions(TrainOptions):
     """The original's own schedule; ``bench`` sets it so, from the command line it must be given."""
 
     epochs: float = option(16.0, "passes over the retain set; use the original's own number")
-    learning_rate: float = option(2e-3, "peak learning rate; use the original's own")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +26,6 @@ class FinetuneOptions(TrainOptions):
     """Further training on retain alone."""
 
     epochs: float = option(5.0, "passes over the retain set")
-    learning_rate: float = option(1e-4, "peak learning rate")
 
 
 def from_scratch(model: nn.Module, seed: int) -> nn.Module:

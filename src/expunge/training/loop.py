@@ -12,7 +12,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from expunge.models.adapter import Adapter
 from expunge.options import option
 from expunge.progress import Progress
 from expunge.training.batching import EpochPlan, Plan, group_by_tokens
-from expunge.training.optimizers import build, factor, load_state_tensors, state_tensors
+from expunge.training.optimizers import build, factor, load_state_tensors, sized_rate, state_tensors
 from expunge.training.terms import Term, View, training_term
+
+ORDINARY_RATE = 2e-5  # fine-tuning rate at a billion parameters and more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +38,7 @@ class TrainOptions:
 
     epochs: float = option(10.0, "passes over the leading role")
     batch_size: int = option(16, "samples of the leading role in one step")
-    learning_rate: float = option(1e-3, "peak learning rate")
+    learning_rate: float | None = option(None, "peak learning rate; by the model's size if none")
     optimizer: str = option(
         "adamw", "adamw, muon (hidden matrices; AdamW elsewhere) or sgd", "", ("adamw", "muon", "sgd")
     )
@@ -94,6 +96,8 @@ class Trainer:
     step: int = 0
     log: Log = field(default_factory=Log)
     around: Callable[[Sequence[tuple[str, Sample]]], AbstractContextManager[Any]] | None = None
+    memory: dict[str, Any] = field(default_factory=dict)  # JSON values of callbacks, kept in checkpoints
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # the same for tensors
     stop: str = ""  # a reason set by a callback ends the training after this step
 
     def gradients(
@@ -186,6 +190,7 @@ def train(
     compute: Callable[[Trainer, Mapping[str, Sequence[int]]], dict[str, float]] | None = None,
     on_step: Callable[[Trainer], None] | None = None,
     around: Callable[[Sequence[tuple[str, Sample]]], AbstractContextManager[Any]] | None = None,
+    memory: dict[str, Any] | None = None,
 ) -> Log:
     """Train ``model`` in place and return the log.
 
@@ -196,6 +201,7 @@ def train(
         compute: replaces ``trainer.gradients(picks)`` for methods that need more than one gradient per step.
         around: context manager per micro-batch, e.g. to restrict weight gradients to some tokens.
         on_step: called after each optimizer step; may set ``trainer.stop``.
+        memory: JSON values that plan and callbacks share; comes back from a checkpoint.
 
     Raises:
         UserError: the loss is not finite (the reason and the step are said), or a checkpoint is of another run.
@@ -216,6 +222,7 @@ def train(
         )
     )
     trainer = Trainer(model, adapter, feeds, terms, options, chosen, plan.steps, accelerator, around=around)
+    trainer.memory = memory if memory is not None else {}
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in chosen]
     fingerprint = {"name": name, "steps": plan.steps, "seed": seed, "options": str(options)}
     if work is not None:
@@ -278,6 +285,8 @@ def fit(
     name: str = "training",
 ) -> Log:
     """Ordinary training of ``model`` on ``samples`` by negative log-likelihood of the target tokens."""
+    if options.learning_rate is None:
+        options = replace(options, learning_rate=sized_rate(model, ORDINARY_RATE))
     lengths = [adapter.num_tokens(s) for s in samples]
     plan = EpochPlan({"train": lengths}, {"train": options.batch_size}, options.epochs, "train", seed)
     feeds = {"train": Feed(samples)}
@@ -297,7 +306,14 @@ def _checkpoint(trainer: Trainer, work: Path, fingerprint: Mapping[str, Any]) ->
     weights |= {f"buffer:{n}": b.detach().clone().contiguous() for n, b in trainer.model.named_buffers()}
     save_file(weights, fresh / "model.safetensors")
     save_file(state_tensors(trainer.optimizers), fresh / "optimizer.safetensors")
-    state = {"step": trainer.step, "fingerprint": dict(fingerprint), "log": trainer.log.steps}
+    if trainer.tensors:
+        save_file({n: v.contiguous() for n, v in trainer.tensors.items()}, fresh / "tensors.safetensors")
+    state = {
+        "step": trainer.step,
+        "fingerprint": dict(fingerprint),
+        "log": trainer.log.steps,
+        "memory": trainer.memory,
+    }
     (fresh / "state.json").write_text(json.dumps(state))
     old = work / "checkpoint.old"
     shutil.rmtree(old, ignore_errors=True)
@@ -326,3 +342,7 @@ def _resume(trainer: Trainer, work: Path, fingerprint: Mapping[str, Any]) -> Non
     load_state_tensors(trainer.optimizers, load_file(folder / "optimizer.safetensors", device=str(device)))
     trainer.step = state["step"]
     trainer.log.steps = state["log"]
+    trainer.memory.clear()
+    trainer.memory.update(state["memory"])
+    if (folder / "tensors.safetensors").exists():
+        trainer.tensors = load_file(folder / "tensors.safetensors", device=str(device))

@@ -1,0 +1,212 @@
+"""The edit itself: forget towards the targets, keep the rest, heal, and close the loop on never-seen text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from expunge.data.samples import Sample
+from expunge.methods.cluster.options import ClusterOptions
+from expunge.methods.cluster.targets import Targets, js_and_reverse_kl
+from expunge.models.adapter import Adapter, evaluating
+from expunge.training.batching import Stream
+from expunge.training.loop import Trainer
+from expunge.training.terms import Teacher, Term, View, kl_C, nll_N
+
+CONTROL_SAMPLES = 40  # never-seen samples that one measurement of the loop reads
+SHIFT_LIMIT = 6.0  # nats
+CONTROL_FROM = 0.2  # share of the steps before the loop closes
+
+
+def mean_losses(model: nn.Module, adapter: Adapter, samples: Sequence[Sample]) -> list[float]:
+    """Mean negative log-likelihood of each sample's target, nats per token."""
+    out = [math.nan] * len(samples)
+    with evaluating(model):
+        for group in adapter.batches(samples):
+            positions = adapter.positions(model, [samples[i] for i in group])
+            for i, loss in zip(group, positions.mean_per_sample(-positions.log_prob_N()).tolist(), strict=True):
+                out[i] = loss
+    return out
+
+
+@dataclass
+class EditPlan:
+    """Forget every step, then (healing) every ``heal_every``-th; healing may dwell on the worst retain samples."""
+
+    lengths: Mapping[str, Sequence[int]]
+    options: ClusterOptions
+    seed: int
+    memory: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        sizes = {"forget": self.options.batch_size, "retain": self.options.retain_batch, "earlier": 2}
+        self._streams = {
+            role: Stream(lengths, sizes[role], [self.seed, i])
+            for i, (role, lengths) in enumerate(sorted(self.lengths.items()))
+            if lengths
+        }
+
+    @property
+    def steps(self) -> int:
+        options = self.options
+        if options.steps is not None:
+            return options.steps
+        forget = math.ceil(options.forget_epochs * len(self.lengths["forget"]) / options.batch_size)
+        # Healing steps see few forget samples: lengthen so that the forget passes are kept.
+        active = options.heal_from + (1 - options.heal_from) / options.heal_every
+        forget = math.ceil(forget / active)
+        retain = math.ceil(options.epochs * len(self.lengths.get("retain", ())) / options.retain_batch)
+        return max(forget, retain, 1)
+
+    @property
+    def healing(self) -> int:
+        """First healing step."""
+        return math.ceil(self.options.heal_from * self.steps)
+
+    def batch(self, step: int) -> dict[str, list[int]]:
+        picks: dict[str, list[int]] = {}
+        heals = step >= self.healing
+        if not heals or (step - self.healing) % self.options.heal_every == 0:
+            number = step if not heals else self.healing + (step - self.healing) // self.options.heal_every
+            picks["forget"] = self._streams["forget"][number]
+        if "retain" in self._streams:
+            worst: list[int] | None = self.memory.get("worst")
+            if heals and worst:
+                rng = np.random.default_rng([self.seed, 7, step])
+                size = min(len(worst), self.options.retain_batch)
+                picks["retain"] = [worst[int(i)] for i in rng.choice(len(worst), size, replace=False)]
+            else:
+                picks["retain"] = self._streams["retain"][step]
+        if "earlier" in self._streams:
+            picks["earlier"] = self._streams["earlier"][step]
+        return picks
+
+
+@dataclass
+class Edit:
+    """Terms and callbacks of one edit; ``memory`` holds what must survive a restart."""
+
+    adapter: Adapter
+    options: ClusterOptions
+    targets: Targets
+    teacher: Teacher | None
+    retain: Sequence[Sample]
+    unseen: Sequence[Sample]
+    plan: EditPlan
+    memory: dict[str, Any]
+    project: Callable[[], None] | None = None  # rank limit or null space, after each step
+    trace: list[dict[str, float]] = field(default_factory=list)
+    _forget_nll: list[float] = field(default_factory=list)
+
+    def terms(self) -> list[Term]:
+        """Forget towards the targets, retain, and what earlier requests must stay at."""
+        options = self.options
+        terms = [Term("forget", "forget", "token", self._forget_N)]
+        if options.retain in ("nll", "both"):
+            terms.append(Term("retain", "retain", "token", nll_N, options.alpha))
+        if options.retain in ("kl", "both"):
+            terms.append(Term("retain_kl", "retain", "token", self._kl_N, options.alpha))
+        terms.append(Term("earlier", "earlier", "token", self._kl_N, options.alpha))
+        return terms
+
+    def _kl_N(self, view: View) -> Tensor:
+        assert self.teacher is not None
+        return self.teacher.compare(view, kl_C)
+
+    def _forget_N(self, view: View) -> Tensor:
+        options = self.options
+
+        def value(log_p_CV: Tensor, log_q_CV: Tensor) -> Tensor:
+            return js_and_reverse_kl(log_p_CV, log_q_CV, options.js, options.reverse, options.forward)
+
+        positions = view.positions
+        with torch.no_grad():
+            self._forget_nll += positions.mean_per_sample(-positions.log_prob_N()).tolist()
+        return self.targets.compare(positions.per_token, view.samples, value, positions.hidden_ND.device)
+
+    # -- callbacks of the loop -----------------------------------------------------------------------------------
+
+    def compute(self, trainer: Trainer, picks: Mapping[str, Sequence[int]]) -> dict[str, float]:
+        """Gradients of one step; every other forget step also withstands a relearning step (hardening)."""
+        self.targets.shift = float(self.memory.get("shift", 0.0))
+        self._forget_nll = []
+        if self.memory.get("unseen_loss") is None and self.unseen and self.options.control:
+            self._measure(trainer)
+        values = trainer.gradients(picks)
+        if "forget" in picks and self._forget_nll:
+            values["forget_nll"] = float(np.mean(self._forget_nll))
+            self._control(trainer.step / self.plan.steps, values["forget_nll"])
+        if self.options.harden and "forget" in picks and trainer.step % 2 == 0:
+            self._harden(trainer, picks)
+        return values
+
+    def on_step(self, trainer: Trainer) -> None:
+        """After each step: projection, the worst retain samples, weight average, never-seen loss."""
+        step = trainer.step
+        if self.project is not None:
+            self.project()
+        if step == self.plan.healing and self.options.worst < 1 and self.retain:
+            losses = np.asarray(mean_losses(trainer.model, self.adapter, self.retain))
+            count = max(1, round(self.options.worst * len(losses)))
+            self.memory["worst"] = np.argsort(-losses, kind="stable")[:count].tolist()
+        if self.unseen and self.options.control and step % self.options.control_every == 0:
+            self._measure(trainer)
+        if self.options.average and step > (1 - self.options.average) * self.plan.steps:
+            seen = int(self.memory.get("averaged", 0))
+            with torch.no_grad():
+                for name, p in trainer.model.named_parameters():
+                    if p.requires_grad:
+                        mean = trainer.tensors.get(name)
+                        value = p.detach().clone() if mean is None else mean + (p.detach() - mean) / (seen + 1)
+                        trainer.tensors[name] = value
+            self.memory["averaged"] = seen + 1
+        if step == self.plan.steps and trainer.tensors:
+            with torch.no_grad():
+                for name, p in trainer.model.named_parameters():
+                    if name in trainer.tensors:
+                        p.copy_(trainer.tensors[name])
+            if self.project is not None:
+                self.project()
+
+    def _measure(self, trainer: Trainer) -> None:
+        few = self.unseen[:: max(1, len(self.unseen) // CONTROL_SAMPLES)]
+        self.memory["unseen_loss"] = float(np.mean(mean_losses(trainer.model, self.adapter, few)))
+
+    def _control(self, done: float, now: float) -> None:
+        smooth = self.memory.get("forget_loss")
+        smooth = now if smooth is None else 0.8 * smooth + 0.2 * now
+        self.memory["forget_loss"] = smooth
+        wanted = self.memory.get("unseen_loss")
+        if not self.options.control or wanted is None or done < CONTROL_FROM:
+            return
+        shift = float(self.memory.get("shift", 0.0)) + self.options.control * (wanted - smooth)
+        self.memory["shift"] = min(SHIFT_LIMIT, max(-SHIFT_LIMIT / 2, shift))
+        self.trace.append({"forget_loss": smooth, "unseen_loss": wanted, "shift": self.memory["shift"]})
+
+    def _harden(self, trainer: Trainer, picks: Mapping[str, Sequence[int]]) -> None:
+        """Add the forget gradient at the weights that one sign step of relearning would reach."""
+        own = {"forget": picks["forget"]}
+        parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+        kept = [None if p.grad is None else p.grad.clone() for p in parameters]
+        for p in parameters:
+            p.grad = None
+        trainer.gradients(own, [Term("relearn", "forget", "token", nll_N)])
+        moves = [None if p.grad is None else self.options.harden * p.grad.sign() for p in parameters]
+        with torch.no_grad():
+            for p, move in zip(parameters, moves, strict=True):
+                p.grad = None
+                if move is not None:
+                    p.sub_(move)
+        trainer.gradients(own, [t for t in self.terms() if t.name == "forget"])
+        with torch.no_grad():
+            for p, move, grad in zip(parameters, moves, kept, strict=True):
+                if move is not None:
+                    p.add_(move)
+                if grad is not None:
+                    p.grad = grad if p.grad is None else p.grad + grad

@@ -1,0 +1,71 @@
+"""Options of the flagship. Values marked "measured" come from docs/log.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from expunge.options import option
+from expunge.training.loop import TrainOptions
+
+OPTIMIZERS = ("muon", "adamw", "kfac")
+GROUPS = ("spectral", "kmeans", "random", "all")
+MEMBERS = ("base", "proxy", "counterfactual", "blend", "original")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterOptions(TrainOptions):
+    """Options of ``cluster``."""
+
+    # how long
+    epochs: float = option(1.8, "passes over the retain set in the edit; sets its cost", "measured")
+    forget_epochs: float = option(3.4, "at least this many passes over the forget set", "measured")
+    steps: int | None = option(None, "number of edit steps; overrides both")
+    batch_size: int = option(2, "forget samples in one step", "measured")
+    retain_batch: int = option(4, "retain samples in one step", "measured")
+    # what towards
+    members: str = option("auto", "target ensemble, +-joined from base, proxy, counterfactual, blend, original")
+    proxy_epochs: float = option(1.0, "passes of a retraining from the base on retain only; 0 = none", "measured")
+    proxy_rate: float = option(1e-2, "its Muon learning rate", "measured")
+    people: int = option(3, "other people that the counterfactual member asks about", "experiments: K = 3")
+    sharpness: float | None = option(None, "exponent of the ensemble; calibrated on unseen texts if none")
+    cap: float = option(0.02, "largest probability of a true token where no anchor bounds it (no base)")
+    js: float = option(4.0, "weight of Jensen-Shannon(target, model)", "measured")
+    reverse: float = option(0.3, "weight of KL(model ‖ target)", "measured")
+    forward: float = option(0.0, "weight of KL(target ‖ model)")
+    # from where
+    start: float = option(0.85, "starting weights: this share original, the rest proxy (or base)", "measured")
+    # how
+    optimizer: str = option("muon", "optimizer of the hidden matrices", "measured", OPTIMIZERS)
+    learning_rate: float = option(4e-3, "peak learning rate of the hidden matrices", "measured")
+    other_learning_rate: float | None = option(5e-4, "AdamW rate of the other parameters", "measured")
+    schedule: str = option("linear", "shape after warm-up", "", ("cosine", "linear", "constant"))
+    rank: int | None = option(None, "largest rank of the change of each matrix; full if none")
+    kfac_metric: str = option("logit", "curvature: logit (Gauss-Newton) or fisher", "", ("logit", "fisher"))
+    damping: float = option(0.1, "relative damping of the K-FAC factors", "experiments: .03-.1")
+    kl_clip: float = option(1e-3, "largest quadratic change of one K-FAC step", "experiments")
+    refresh: int = option(20, "steps between refreshes of the K-FAC factors")
+    null_space: float | None = option(None, "control arm: hard null space of retain inputs at this energy")
+    # where
+    groups: str = option("spectral", "token groups that the influence ranks", "", GROUPS)
+    clusters: int | None = option(None, "number of token clusters; by eigengap and stability if none")
+    reach: float = option(0.95, "edit the smallest set of layer × cluster groups with this share of influence; 1 = all")
+    random_choice: bool = option(False, "control arm: as many groups, chosen at random instead of by influence")
+    cluster_tokens: int = option(4000, "token states that are clustered")
+    # what stays
+    retain: str = option(
+        "nll", "retain term: nll, kl to the original, or both", "measured", ("nll", "kl", "both", "none")
+    )
+    alpha: float = option(2.0, "weight of the retain term", "measured")
+    heal_from: float = option(0.6, "share of the steps after which forgetting comes only now and then", "measured")
+    heal_every: int = option(4, "one forget step in so many while healing", "measured")
+    worst: float = option(1.0, "share of the retain samples, the most damaged, that healing uses; 1 = all", "measured")
+    average: float = option(0.15, "weights are averaged over this last share of the steps", "measured")
+    # closed loop and hardening
+    control: float = option(
+        0.15, "gain of the loop that moves the forget loss to the never-seen loss; 0 = off", "measured"
+    )
+    control_every: int = option(15, "steps between measurements of the never-seen loss", "measured")
+    harden: float = option(
+        0.0, "radius of the relearning direction that every other forget step withstands", "experiments: 1e-3"
+    )
+    checkpoint_every: int = option(50, "steps between checkpoints, where a work folder is given; 0 = none")
