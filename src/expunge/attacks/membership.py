@@ -50,7 +50,7 @@ def min_k_score(signals: Signals, percent: float = K_PERCENT) -> float:
 
 
 def min_k_plus_plus_score(signals: Signals, percent: float = K_PERCENT) -> float:
-    """Mean of the lowest k % of (log p - mu) / sigma, moments under the model's own distribution (Zhang et al. 2025)."""
+    """Mean of the lowest k % of (log p - mu) / sigma, moments under the model itself (Zhang et al. 2025)."""
     standard_L = (signals.log_prob_L - signals.mean_L) / np.maximum(signals.std_L, STD_FLOOR)
     return lowest_mean(standard_L, percent)
 
@@ -131,9 +131,9 @@ def auc_gap(
         models = [np.asarray(m[side], dtype=np.float64) for m in ((ours,) if theirs is None else (ours, theirs))]
         if len({len(m) for m in models}) > 1:
             raise UserError("model and reference were scored on different samples: use the same forget and holdout.")
-        kept = ~np.isnan(models).any(axis=0)
+        kept: NDArray[np.bool_] = ~np.isnan(np.stack(models)).any(axis=0)
         sides.append([m[kept] for m in models])
-        kept_groups.append(None if groups is None else [g for g, keep in zip(groups, kept, strict=True) if keep])
+        kept_groups.append(None if groups is None else [g for g, keep in zip(groups, list(kept), strict=True) if keep])
     pairs = list(zip(sides[0], sides[1], strict=True))
     num = len(sides[0][0]) + len(sides[1][0])
     if min(len(sides[0][0]), len(sides[1][0])) == 0:
@@ -141,6 +141,8 @@ def auc_gap(
     draws = bootstrap_auc(pairs, kept_groups[0], kept_groups[1], resamples=resamples, seed=seed)
     values = [auc(*pair) for pair in pairs] + [0.5]
     low, high = percentile_interval(draws[0] - (draws[1] if theirs is not None else 0.5), level)
+    if any(g is not None and len(set(g)) < 2 for g in kept_groups):
+        low = high = math.nan  # one subject says nothing about other subjects
     return Estimate(values[0] - values[1], low, high, num, definition).distance_from(0.0)
 
 

@@ -124,4 +124,6 @@ def privleak(
     chance_R = draws[1] if len(pairs) == 2 else np.full(resamples, 0.5)
     with np.errstate(divide="ignore", invalid="ignore"):
         low, high = percentile_interval(100 * (chance_R - draws[0]) / (1 - chance_R), level)
+    if any(g is not None and len(set(g)) < 2 for g in (forget_groups, holdout_groups)):
+        low = high = math.nan  # one subject says nothing about other subjects
     return Estimate(100 * (theirs - ours) / (1 - theirs), low, high, num, definition, note)
