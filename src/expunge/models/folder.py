@@ -73,7 +73,7 @@ def _snapshot(name: str, hint: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # the hub's client raises from three libraries; whichever it is, the input is wrong
-        reason = _first_line(error)
+        reason = first_line(error)
         raise UserError(
             f"model '{name}' is no local folder{hint.rstrip('?')}, and the hub did not give it ({reason}): check the "
             "name, the network, or give a folder."
@@ -147,7 +147,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"'{path}' is not readable JSON ({_first_line(error)}): copy the file again.") from error
+        raise UserError(f"'{path}' is not readable JSON ({first_line(error)}): copy the file again.") from error
     if not isinstance(content, dict):
         raise UserError(f"'{path}' holds no JSON object: copy the file again.")
     return content
@@ -222,6 +222,7 @@ def check_tokenizer_files(path: Path) -> None:
         )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, to be quoted inside a sentence."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return text[:160].rstrip(".: ")

@@ -1,0 +1,352 @@
+"""Load and save models: ``load_model`` gives a model with the adapter of its modality, ``save_model`` keeps both.
+
+Weights are read from safetensors only, and code from a model's folder is never run.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from expunge.errors import UserError, unknown
+from expunge.models.adapter import Adapter
+from expunge.models.classifier import ClassifierAdapter
+from expunge.models.folder import (
+    ModelFolder,
+    check_tokenizer_files,
+    first_line,
+    inspect,
+    read_json,
+    resolve,
+    tensor_shapes,
+)
+from expunge.models.images import Preprocess
+from expunge.models.lora import LoraOptions, apply_lora, is_lora, merge_lora
+from expunge.models.multimodal import LlavaAdapter, image_token_count
+from expunge.models.text import TextAdapter, causal_lm
+
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+MAX_CONTEXT = 1024  # longest sequence unless --context says otherwise
+STRICT: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+@dataclass
+class Loaded:
+    """A model, the adapter that feeds it, and where it came from (a folder, a hub name, "tiny" and a seed)."""
+
+    model: nn.Module
+    adapter: Adapter
+    source: str
+
+
+def load_model(
+    name_or_folder: str | Path,
+    *,
+    dtype: str = "fp32",
+    device: str = "auto",
+    template: str = "auto",
+    context: int | None = None,
+    lora: LoraOptions | None = None,
+    seed: int = 0,
+) -> Loaded:
+    """Load a causal language model, image classifier or LLaVA model, or a LoRA adapter with its base.
+
+    Args:
+        name_or_folder: a local folder; where there is none, a hub name (only then is the network used).
+        dtype: fp32, bf16, fp16, or auto for the one that the weights are stored in.
+        device: auto, cpu, cuda, cuda:N or mps.
+        template: see :class:`TextAdapter`. context: longest sequence in tokens, by default the model's own, at most
+            1024.
+        lora: wrap the model in a fresh LoRA adapter, initialised from ``seed``.
+
+    Raises:
+        UserError: one sentence for everything that can be wrong with the folder or the options.
+    """
+    number_type, place = dtype_of(dtype), device_of(device)
+    folder = inspect(resolve(name_or_folder))
+    if folder.is_adapter and lora is not None:
+        raise UserError(f"'{name_or_folder}' is a LoRA adapter already: leave --lora out, or merge it first.")
+    base = base_of(folder) if folder.is_adapter else folder
+    model = _weights(base, number_type)
+    adapter = _adapter(base, folder, model, template, context)
+    if folder.is_adapter:
+        model = _with_adapter(model, folder)
+    elif lora is not None:
+        model = apply_lora(model, lora, seed=seed)
+    model.to(place)
+    model.eval()
+    if isinstance(adapter, (TextAdapter, ClassifierAdapter)):
+        adapter.bind(model)
+    return Loaded(model, adapter, str(name_or_folder))
+
+
+def dtype_of(name: str) -> torch.dtype | None:
+    """The torch dtype of an option; None for auto. Raises UserError for an unknown one."""
+    if name == "auto":
+        return None
+    if name not in DTYPES:
+        raise unknown("dtype", name, ["auto", *DTYPES])
+    return DTYPES[name]
+
+
+def device_of(name: str) -> torch.device:
+    """The device of an option. Raises UserError for an unknown one, or one that is not there."""
+    cuda = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (number and not number.isdecimal()):
+        raise unknown("device", name, ["auto", "cpu", "cuda", "cuda:0", "mps"])
+    if kind == "cuda" and int(number or 0) >= cuda:
+        raise UserError(f"device '{name}' is not there: torch sees {cuda} CUDA device(s); use --device auto or cpu.")
+    if kind == "mps" and not mps:
+        raise UserError("device 'mps' is not there: use --device auto or cpu.")
+    return torch.device(name)
+
+
+def base_of(folder: ModelFolder) -> ModelFolder:
+    """The base of an adapter folder; a relative path is taken from the working folder, then from the adapter's.
+
+    Raises:
+        UserError: the base is not named, not there, or itself an adapter.
+    """
+    name = folder.config.get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"'{folder.path / 'adapter_config.json'}' names no base model: add base_model_name_or_path.")
+    beside = folder.path / name
+    try:
+        base = inspect(beside if not Path(name).is_dir() and beside.is_dir() else resolve(name))
+    except UserError as error:
+        raise UserError(f"the base of adapter '{folder.path}' cannot be loaded: {error}") from error
+    if base.is_adapter:
+        raise UserError(f"the base '{name}' of adapter '{folder.path}' is an adapter itself: merge that one first.")
+    return base
+
+
+def _weights(folder: ModelFolder, dtype: torch.dtype | None) -> nn.Module:
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageClassification,
+        AutoModelForImageTextToText,
+        ResNetConfig,
+    )
+
+    from expunge.models.small_resnet import SmallImageResNet
+
+    builder: Any = {
+        "text": AutoModelForCausalLM,
+        "classifier": AutoModelForImageClassification,
+        "multimodal": AutoModelForImageTextToText,
+    }[folder.modality]
+    options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
+    try:
+        with quiet():
+            if folder.config.get("small_stem"):
+                config = ResNetConfig.from_pretrained(folder.path, local_files_only=True)
+                model, info = SmallImageResNet.from_pretrained(
+                    folder.path, config=config, local_files_only=True, **options
+                )
+            else:
+                model, info = builder.from_pretrained(folder.path, **options, **STRICT)
+    except Exception as error:  # transformers raises from a dozen places; all of them mean a folder that is not sound
+        raise UserError(f"'{folder.path}' cannot be loaded: {first_line(error)}.") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"the weights in '{folder.path}' lack {len(missing)} tensor(s) that config.json asks for, first "
+            f"'{missing[0]}': configuration and weights are not of the same model."
+        )
+    wrong = [str(m[0] if isinstance(m, tuple) else m) for m in info["mismatched_keys"]]
+    if wrong:
+        raise UserError(
+            f"{len(wrong)} tensor(s) in '{folder.path}' have another shape than config.json says, first "
+            f"'{sorted(wrong)[0]}': configuration and weights are not of the same model."
+        )
+    loaded: nn.Module = model
+    return loaded
+
+
+def _adapter(base: ModelFolder, folder: ModelFolder, model: nn.Module, template: str, context: int | None) -> Adapter:
+    config: Any = model.config
+    if base.modality == "classifier":
+        return _classifier(base, config)
+    with_tokenizer = folder.path if (folder.path / "tokenizer_config.json").is_file() else base.path
+    tokenizer = _tokenizer(with_tokenizer)
+    vocabulary = tokenizer.get_vocab()
+    rows = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+    top = max(vocabulary.values(), default=0)
+    if top >= rows:
+        raise UserError(
+            f"the tokenizer in '{with_tokenizer}' has ids up to {top} and the model {rows} embeddings: it is not "
+            "the tokenizer of this model."
+        )
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_CONTEXT
+    if context is not None and not 2 <= context <= longest:
+        raise UserError(f"context {context}: allowed are 2 to {longest}, the positions of this model.")
+    context = context or min(longest, MAX_CONTEXT)
+    if base.modality == "text":
+        return TextAdapter(tokenizer=tokenizer, template=template, context=context)
+    files = {n: read_json(base.path / n) for n in PROCESSOR_FILES if (base.path / n).is_file()}
+    nested = files.get("processor_config.json", {}).get("image_processor")  # where transformers 5 writes it
+    size = int(config.vision_config.image_size)
+    given = files.get("preprocessor_config.json") or nested or {"size": {"height": size, "width": size}}
+    token_id = int(config.image_token_id)
+    names = [word for word, number in vocabulary.items() if number == token_id]
+    if not names:
+        raise UserError(f"the tokenizer in '{with_tokenizer}' has no image token (id {token_id} of config.json).")
+    return LlavaAdapter(
+        tokenizer=tokenizer,
+        template=template,
+        context=context,
+        preprocess=Preprocess.read(given, size=size, channels=int(config.vision_config.num_channels)),
+        image_token=names[0],
+        image_token_id=token_id,
+        image_tokens=image_token_count(config),
+        files=files,
+    )
+
+
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def _classifier(folder: ModelFolder, config: Any) -> ClassifierAdapter:
+    size = getattr(config, "image_size", None) or 224
+    side = int(size if isinstance(size, int) else size[0])
+    file = folder.path / "preprocessor_config.json"
+    if not file.is_file():
+        raise UserError(
+            f"'{folder.path}' has no preprocessor_config.json, so how its images were scaled is not known: copy it "
+            "from the model that this one was trained from."
+        )
+    names = {str(k): int(v) for k, v in (config.label2id or {}).items()}
+    return ClassifierAdapter(
+        preprocess=Preprocess.read(read_json(file), size=side, channels=int(getattr(config, "num_channels", 3))),
+        num_classes=int(config.num_labels),
+        label_ids=names,
+    )
+
+
+def _tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    check_tokenizer_files(path)
+    try:
+        with quiet():
+            tokenizer = AutoTokenizer.from_pretrained(path, **STRICT)
+    except Exception as error:  # as above
+        raise UserError(f"the tokenizer in '{path}' cannot be loaded: {first_line(error)}.") from error
+    older = path / "chat_template.json"  # processors once kept the template here
+    if not tokenizer.chat_template and older.is_file():
+        tokenizer.chat_template = read_json(older).get("chat_template")
+    return tokenizer
+
+
+def _with_adapter(model: nn.Module, folder: ModelFolder) -> nn.Module:
+    from peft import PeftModel
+    from peft.utils import get_peft_model_state_dict
+
+    try:
+        with quiet():
+            # The file is there (checked), and peft takes safetensors before anything else.
+            wrapped = PeftModel.from_pretrained(model, str(folder.path), is_trainable=True, torch_device="cpu")
+    except Exception as error:  # as above
+        raise UserError(f"the adapter '{folder.path}' does not fit its base: {first_line(error)}.") from error
+    stored = {name for name in tensor_shapes(folder.weights[0]) if ".lora_" in name}
+    # Without False, peft would ask the hub whether the base's vocabulary was resized.
+    built = {n for n in get_peft_model_state_dict(wrapped, save_embedding_layers=False) if ".lora_" in n}
+    lost = sorted(built ^ stored)
+    if lost:
+        raise UserError(f"the adapter '{folder.path}' does not fit its base: '{lost[0]}' is only on one side.")
+    out: nn.Module = wrapped
+    return out
+
+
+def save_model(loaded: Loaded, folder: str | Path, *, merge: bool = False) -> Path:
+    """Write weights, configuration, and tokenizer or processor; atomic: the folder is whole or not there.
+
+    A LoRA model is written as an adapter that names its base; ``merge`` writes full weights instead and leaves the
+    model in memory as it is. A folder that holds an earlier model is replaced.
+
+    Raises:
+        UserError: the folder holds something that is no model, or cannot be written.
+    """
+    target = Path(folder)
+    if target.exists() and not _replaceable(target):
+        raise UserError(f"'{target}' exists and holds no model: give a new folder, nothing was overwritten.")
+    part, old = (target.parent / f".{target.name}.{os.getpid()}.{end}" for end in ("part", "old"))
+    try:
+        part.mkdir(parents=True)
+        _write(loaded, part, merge)
+        if target.exists():
+            target.rename(old)
+        part.rename(target)
+    except OSError as error:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise UserError(f"the model cannot be written to '{target}': {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _replaceable(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    names = {p.name for p in folder.iterdir()}
+    return not names or bool(names & {"config.json", "adapter_config.json"})
+
+
+def _write(loaded: Loaded, part: Path, merge: bool) -> None:
+    model: Any = loaded.model
+    with quiet():
+        if is_lora(model) and not merge:
+            if not causal_lm(model).name_or_path:
+                raise UserError(
+                    "this LoRA model's base was never saved, so an adapter alone could not be loaded: save with "
+                    "merge, or save the base first and load it with --lora."
+                )
+            for config in model.peft_config.values():
+                named = Path(str(config.base_model_name_or_path))
+                if named.is_dir():  # the adapter must find its base from any working folder
+                    config.base_model_name_or_path = str(named.resolve())
+            # "auto" would ask the hub about the base's vocabulary.
+            model.save_pretrained(part, save_embedding_layers=False)
+        elif is_lora(model):
+            merge_lora(copy.deepcopy(model)).save_pretrained(part)  # type: ignore[operator]
+        else:
+            model.save_pretrained(part)
+    loaded.adapter.save(part)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' progress bars and notices; errors still raise."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

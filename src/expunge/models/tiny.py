@@ -1,0 +1,251 @@
+"""Small models built from nothing, with their own tokenizer: ``--init tiny``.
+
+They train in seconds to minutes on two CPU cores, and are ordinary Hugging Face models otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+)
+
+from expunge.data.samples import Sample
+from expunge.errors import UserError, unknown
+from expunge.models.classifier import ClassifierAdapter
+from expunge.models.images import BICUBIC, Preprocess
+from expunge.models.load import Loaded
+from expunge.models.multimodal import LlavaAdapter, image_token_count
+from expunge.models.small_resnet import SmallImageResNet
+from expunge.models.text import TextAdapter
+
+BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
+Arch = Literal["resnet", "vit"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A Llama of some size; ``vocab`` is the most that the tokenizer may learn."""
+
+    width: int
+    inner: int
+    layers: int
+    heads: int
+    vocab: int
+    context: int = 512
+
+
+PRESETS = {
+    "tiny-test": Preset(width=16, inner=48, layers=2, heads=2, vocab=300, context=256),  # about 11,000 parameters
+    "tiny": Preset(width=96, inner=256, layers=2, heads=4, vocab=1000),  # about 0.32 million
+    "small": Preset(width=128, inner=320, layers=3, heads=4, vocab=1500),  # about 0.76 million
+}
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random numbers from ``seed`` inside, and outside as if nothing had been drawn."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def train_tokenizer(texts: Sequence[str], vocab: int, special: Sequence[str] = ()) -> Any:
+    """Byte-level BPE on the texts: every string can be written, and the same texts give the same tokenizer.
+
+    Special tokens are bos, eos and pad (three different ones), then ``special``. Sequences begin with bos.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    names = [PAD, BOS, EOS, *special]
+    tokenizer = Tokenizer(models.BPE())
+    # The binding's properties are assigned; its type stubs know them as such.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=max(vocab, len(names) + len(alphabet)),
+        special_tokens=names,
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, names.index(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+
+
+def _texts(samples: Sequence[Sample]) -> list[str]:
+    if not samples:
+        raise UserError("a tiny model needs samples, from whose texts its tokenizer is made: none were given.")
+    return [f"{s.prompt} {s.target}" if s.prompt else str(s.target) for s in samples]
+
+
+def _ids(tokenizer: Any) -> dict[str, int]:
+    return {f"{k}_token_id": int(getattr(tokenizer, f"{k}_token_id")) for k in ("bos", "eos", "pad")}
+
+
+def _llama(preset: Preset, tokenizer: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": preset.width,
+        "intermediate_size": preset.inner,
+        "num_hidden_layers": preset.layers,
+        "num_attention_heads": preset.heads,
+        "num_key_value_heads": preset.heads,
+        "max_position_embeddings": preset.context,
+        **_ids(tokenizer),
+    }
+
+
+def init_text(samples: Sequence[Sample], preset: str = "tiny", seed: int = 0) -> Loaded:
+    """An untrained Llama with tied head, and a tokenizer made from the samples' prompts and targets.
+
+    The vocabulary says something about the texts that it was learnt from; where that matters, give other texts than
+    the private ones.
+
+    Raises:
+        UserError: unknown preset, or no samples.
+    """
+    if preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
+    size = PRESETS[preset]
+    tokenizer = train_tokenizer(_texts(samples), size.vocab)
+    with seeded(seed):
+        model = LlamaForCausalLM(LlamaConfig(**_llama(size, tokenizer), tie_word_embeddings=True))
+    model.eval()
+    adapter = TextAdapter(tokenizer=tokenizer, template="plain", context=size.context).bind(model)
+    return Loaded(model, adapter, f"init:{preset}:{seed}")
+
+
+def init_classifier(
+    num_classes: int,
+    image_size: int = 32,
+    channels: int = 3,
+    arch: Arch = "resnet",
+    seed: int = 0,
+    *,
+    mean: Sequence[float] = (0.5,),
+    std: Sequence[float] = (0.5,),
+) -> Loaded:
+    """An untrained image classifier of 50,000 to 80,000 parameters; images are resized to ``image_size`` squared.
+
+    ``mean`` and ``std`` are of pixels scaled to [0, 1]: one number, or one per channel.
+
+    Raises:
+        UserError: fewer than 2 classes, an unknown architecture, channels other than 1 and 3, or a size below 8.
+    """
+    if num_classes < 2 or channels not in (1, 3) or image_size < 8:
+        raise UserError(
+            f"a classifier of {num_classes} classes on {image_size} px images of {channels} channels: allowed are 2 "
+            "classes or more, 8 px or more, 1 or 3 channels."
+        )
+    if any(len(c) not in (1, channels) for c in (mean, std)) or min(std) <= 0:
+        raise UserError(f"mean {tuple(mean)} and std {tuple(std)}: give 1 or {channels} numbers, std above 0.")
+    model: Any
+    with seeded(seed):
+        if arch == "resnet":
+            config = ResNetConfig(
+                num_channels=channels,
+                embedding_size=16,
+                hidden_sizes=[16, 32, 64],
+                depths=[1, 1, 1],
+                layer_type="basic",
+                num_labels=num_classes,
+                small_stem=True,
+                image_size=image_size,
+            )
+            model = SmallImageResNet(config)
+        elif arch == "vit":
+            from transformers import ViTConfig, ViTForImageClassification
+
+            patch = next(p for p in (4, 7, 5, 3, 2, 1) if image_size % p == 0)
+            model = ViTForImageClassification(
+                ViTConfig(
+                    hidden_size=48,
+                    num_hidden_layers=3,
+                    num_attention_heads=4,
+                    intermediate_size=96,
+                    image_size=image_size,
+                    patch_size=patch,
+                    num_channels=channels,
+                    num_labels=num_classes,
+                    hidden_dropout_prob=0.0,
+                    attention_probs_dropout_prob=0.0,
+                )
+            )
+        else:
+            raise unknown("architecture", arch, ["resnet", "vit"])
+    model.eval()
+    # One number per channel is what every reader of the file understands.
+    preprocess = Preprocess(
+        height=image_size,
+        width=image_size,
+        channels=channels,
+        mean=tuple(mean) * (channels // len(mean)),
+        std=tuple(std) * (channels // len(std)),
+    )
+    adapter = ClassifierAdapter(preprocess=preprocess, num_classes=num_classes).bind(model)
+    return Loaded(model, adapter, f"init:{arch}:{seed}")
+
+
+def init_llava(samples: Sequence[Sample], seed: int = 0, *, image_size: int = 32) -> Loaded:
+    """An untrained LLaVA of about 0.13 million parameters: CLIP vision tower, projector, Llama, and a tokenizer.
+
+    An image is 16 tokens, whatever its size.
+
+    Raises:
+        UserError: no samples, or an image size that is no multiple of 4.
+    """
+    from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    if image_size < 8 or image_size % 4:
+        raise UserError(f"image size {image_size}: allowed are multiples of 4 from 8 on.")
+    size = Preset(width=64, inner=128, layers=2, heads=4, vocab=400)
+    tokenizer = train_tokenizer(_texts(samples), size.vocab, special=[IMAGE])
+    token_id = int(tokenizer.convert_tokens_to_ids(IMAGE))
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=image_size,
+        patch_size=image_size // 4,
+        projection_dim=32,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**_llama(size, tokenizer)),
+        image_token_index=token_id,
+        image_seq_length=16,
+        vision_feature_select_strategy="default",
+        vision_feature_layer=-2,
+        tie_word_embeddings=False,
+    )
+    with seeded(seed):
+        model = LlavaForConditionalGeneration(config)
+    for name, value in _ids(tokenizer).items():
+        setattr(model.generation_config, name, value)
+    model.eval()
+    adapter = LlavaAdapter(
+        tokenizer=tokenizer,
+        template="plain",
+        context=size.context,
+        preprocess=Preprocess(height=image_size, width=image_size, resample=BICUBIC, mean=(0.5,) * 3, std=(0.5,) * 3),
+        image_token=IMAGE,
+        image_token_id=token_id,
+        image_tokens=image_token_count(config),
+    )
+    adapter.bind(model)
+    return Loaded(model, adapter, f"init:llava:{seed}")
