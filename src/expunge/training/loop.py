@@ -115,11 +115,14 @@ class Trainer:
         for group in group_by_tokens(items, lengths, self.options.micro_tokens):
             loss, parts = self._group_loss(group, chosen, totals)
             for name, part in parts.items():
-                values[name] += part
+                values[name] = values.get(name, 0.0) + part
             if loss is not None and loss.requires_grad:
                 self.accelerator.backward(loss * scale)
         if world > 1:
             self._reduce()
+        for role in roles & {name.removesuffix("_nll") for name in values}:
+            if f"{role}_nll" in values and f"{role}_nll" not in totals:
+                values[f"{role}_nll"] /= len(picks[role])
         return values
 
     def _group_loss(
@@ -156,8 +159,12 @@ class Trainer:
                 if term.role not in views:
                     continue
                 mean = term.values(views[term.role]).sum() / totals[term.name]
-                parts[term.name] = float(mean.detach())
+                parts[term.name] = parts.get(term.name, 0.0) + float(mean.detach())
                 total = term.weight * mean if total is None else total + term.weight * mean
+            for role, seen in views.items():  # the loss itself, for the curves, where a term has computed it anyway
+                nll = seen.mean_nll()
+                if nll is not None:
+                    parts[f"{role}_nll"] = nll * len(seen.samples)
         return total, parts
 
     def _units(self, term: Term, picked: Sequence[int]) -> float:

@@ -36,6 +36,12 @@ class View:
             self._log_prob_N = self.positions.log_prob_N()
         return self._log_prob_N
 
+    def mean_nll(self) -> float | None:
+        """Mean over samples of their mean loss, nats per token; None if no term has looked at it."""
+        if self._log_prob_N is None:
+            return None
+        return float(self.positions.mean_per_sample(-self._log_prob_N.detach()).mean())
+
     def log_prob_B(self) -> Tensor:
         """Summed log-probability of each sample's target, nats."""
         return self.positions.sum_per_sample(self.log_prob_N())

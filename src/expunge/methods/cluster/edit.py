@@ -100,9 +100,8 @@ class Edit:
     unseen: Sequence[Sample]
     plan: EditPlan
     memory: dict[str, Any]
-    project: Callable[[], None] | None = None  # rank limit or null space, after each step
+    project: Callable[[bool], None] | None = None  # rank limit or null space, after each step
     trace: list[dict[str, float]] = field(default_factory=list)
-    _forget_nll: list[float] = field(default_factory=list)
 
     def terms(self) -> list[Term]:
         """Forget towards the targets, retain, and what earlier requests must stay at."""
@@ -127,7 +126,7 @@ class Edit:
 
         positions = view.positions
         with torch.no_grad():
-            self._forget_nll += positions.mean_per_sample(-positions.log_prob_N()).tolist()
+            view.log_prob_N()  # for the loop's log, which the control reads
         return self.targets.compare(positions.per_token, view.samples, value, positions.hidden_ND.device)
 
     # -- callbacks of the loop -----------------------------------------------------------------------------------
@@ -135,12 +134,10 @@ class Edit:
     def compute(self, trainer: Trainer, picks: Mapping[str, Sequence[int]]) -> dict[str, float]:
         """Gradients of one step; every other forget step also withstands a relearning step (hardening)."""
         self.targets.shift = float(self.memory.get("shift", 0.0))
-        self._forget_nll = []
         if self.memory.get("unseen_loss") is None and self.unseen and self.options.control:
             self._measure(trainer)
         values = trainer.gradients(picks)
-        if "forget" in picks and self._forget_nll:
-            values["forget_nll"] = float(np.mean(self._forget_nll))
+        if "forget_nll" in values:
             self._control(trainer.step / self.plan.steps, values["forget_nll"])
         if self.options.harden and "forget" in picks and trainer.step % 2 == 0:
             self._harden(trainer, picks)
@@ -150,7 +147,7 @@ class Edit:
         """After each step: projection, the worst retain samples, weight average, never-seen loss."""
         step = trainer.step
         if self.project is not None:
-            self.project()
+            self.project(False)
         if step == self.plan.healing and self.options.worst < 1 and self.retain:
             losses = np.asarray(mean_losses(trainer.model, self.adapter, self.retain))
             count = max(1, round(self.options.worst * len(losses)))
@@ -171,8 +168,8 @@ class Edit:
                 for name, p in trainer.model.named_parameters():
                     if name in trainer.tensors:
                         p.copy_(trainer.tensors[name])
-            if self.project is not None:
-                self.project()
+        if step == self.plan.steps and self.project is not None:
+            self.project(True)
 
     def _measure(self, trainer: Trainer) -> None:
         few = self.unseen[:: max(1, len(self.unseen) // CONTROL_SAMPLES)]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,14 +197,14 @@ def run(context: Context, options: ClusterOptions) -> Outcome:
     plan = EditPlan({r: f.lengths(adapter) for r, f in feeds.items()}, options, context.seed, memory)
     edit = Edit(adapter, options, targets, teacher, context.retain, context.unseen, plan, memory)
     with scope.frozen(model):
-        edit.project = scope.projection(model, original, options)
+        edit.project = scope.projection(options)
         log = train(
             model,
             adapter,
             feeds,
             edit.terms(),
             plan,
-            replace(options, optimizer="adamw") if options.optimizer == "kfac" else options,
+            options,
             seed=context.seed,
             optimizers=scope.optimizers(model, options, context),
             work=context.work,

@@ -40,7 +40,7 @@ class ClusterOptions(TrainOptions):
     other_learning_rate: float | None = option(5e-4, "AdamW rate of the other parameters", "measured")
     schedule: str = option("linear", "shape after warm-up", "", ("cosine", "linear", "constant"))
     rank: int | None = option(None, "largest rank of the change of each matrix; full if none")
-    kfac_metric: str = option("logit", "curvature: logit (Gauss-Newton) or fisher", "", ("logit", "fisher"))
+    kfac_metric: str = option("logits", "curvature metric", "experiments", ("fisher", "gauss-newton", "logits"))
     damping: float = option(0.1, "relative damping of the K-FAC factors", "experiments: .03-.1")
     kl_clip: float = option(1e-3, "largest quadratic change of one K-FAC step", "experiments")
     refresh: int = option(20, "steps between refreshes of the K-FAC factors")
