@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import shutil
 import sys
@@ -28,12 +29,14 @@ DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder with a 
 DataOption = Annotated[
     list[str] | None, typer.Option("--data-option", help="Option of the dataset as key=value; repeat for more.")
 ]
-Forget = Annotated[Path | None, typer.Option("--forget", help="JSONL file of the samples to forget.")]
-Retain = Annotated[Path | None, typer.Option("--retain", help="JSONL file of training samples to keep.")]
-Holdout = Annotated[
-    Path | None, typer.Option("--holdout", help="JSONL file of samples like those to forget, never trained on.")
+Forget = Annotated[
+    Path | None, typer.Option("--forget", help="File of the samples to forget: JSONL, JSON, CSV, TSV or Parquet.")
 ]
-Utility = Annotated[Path | None, typer.Option("--utility", help="JSONL file of other knowledge that must stay.")]
+Retain = Annotated[Path | None, typer.Option("--retain", help="File of training samples to keep.")]
+Holdout = Annotated[
+    Path | None, typer.Option("--holdout", help="File of samples like those to forget, never trained on.")
+]
+Utility = Annotated[Path | None, typer.Option("--utility", help="File of other knowledge that must stay.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder: a new one, or the one to continue.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
@@ -61,7 +64,7 @@ def command_of(name: str, function: Callable[..., Any]) -> Any:
     """
     application = typer.Typer(add_completion=False, rich_markup_mode=None)
     # A lone backspace character before a paragraph is the parser's sign to leave its lines alone.
-    text = re.sub(r"\n\n(Examples?:\n)", "\n\n\b\n\\1", textwrap.dedent(f"    {(function.__doc__ or '').strip()}"))
+    text = re.sub(r"\n\n(Examples?:\n)", "\n\n\b\n\\1", inspect.getdoc(function) or "")
     application.command(name=name, help=text, context_settings={"help_option_names": ["--help", "-h"]})(function)
     return typer.main.get_command(application)
 
@@ -124,7 +127,9 @@ def existing(path: Path | None, option: str) -> Path | None:
         UserError: it is not.
     """
     if path is not None and not path.is_file():
-        raise UserError(f"{option} '{path}' is no file: give a JSONL file, one sample per line.")
+        raise UserError(
+            f"{option} '{path}' is no file: give one with a sample per line, e.g. {option.lstrip('-')}.jsonl."
+        )
     return path
 
 

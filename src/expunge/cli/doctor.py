@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -63,7 +64,8 @@ def _packages() -> tuple[list[dict[str, Any]], list[str]]:
     except PackageNotFoundError:
         return found, ["expunge runs from a folder that is not installed: 'pip install -e .' mends it"]
     for need in map(Requirement, declared):
-        extra = next((e for e in ("hub", "parquet", "dev") if need.marker and f'"{e}"' in str(need.marker)), None)
+        found_extra = re.search(r"""extra == ["']([\w-]+)["']""", str(need.marker or ""))
+        extra = found_extra[1] if found_extra else None
         if need.marker and extra is None and not need.marker.evaluate():
             continue
         try:

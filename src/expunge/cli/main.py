@@ -35,7 +35,6 @@ class Verb:
 
 
 VERBS: tuple[Verb, ...] = (
-    Verb("report", "Rebuild results.md and report.html of run folders from the per-sample record."),
     Verb("ls", "List the methods, attacks, metrics, datasets or models that can be named."),
     Verb("show", "Show one method, attack, metric, dataset or model: properties, formula, options, paper."),
     Verb("doctor", "Show versions, devices, free memory and disk, and what is installed."),

@@ -1,0 +1,141 @@
+"""What can be named on the command line, read from the registries into one form for ``ls`` and ``show``."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import pkgutil
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+KINDS = ("methods", "attacks", "metrics", "datasets", "models")
+ATTACK_HELPERS = frozenset({"copies"})  # files of the room that are no attack themselves
+# Which attribute of a registry's entry is shown under which word, in reading order.
+SHOWN = {
+    "modality": "modality",
+    "modalities": "modalities",
+    "needs": "needs",
+    "wants": "uses if given",
+    "removes_from_weights": "removes from weights",
+    "helpers_hold_data": "helper models hold the data",
+    "sequential": "sequence of requests",
+    "definition": "definition",
+    "direction": "good is",
+    "licence": "licence",
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One thing with a name. ``properties`` are declared by it, ``options`` are the fields that ``--set`` takes."""
+
+    kind: str
+    name: str
+    summary: str
+    source: str = ""
+    formula: str = ""
+    properties: Mapping[str, Any] = field(default_factory=dict)
+    options: tuple[Mapping[str, Any], ...] = ()
+    doc: str = ""
+
+
+def catalogue(kind: str) -> dict[str, Entry]:
+    """Everything of one of :data:`KINDS` by name."""
+    entries = {
+        "methods": _methods,
+        "attacks": _attacks,
+        "metrics": _metrics,
+        "datasets": _datasets,
+        "models": _models,
+    }[kind]()
+    return {name: _entry(kind, name, found) for name, found in sorted(entries.items())}
+
+
+def _methods() -> Mapping[str, Any]:
+    from expunge.methods.registry import all_methods
+
+    return all_methods()
+
+
+def _datasets() -> Mapping[str, Any]:
+    from expunge.data.registry import all_datasets
+
+    return all_datasets()
+
+
+def _metrics() -> Mapping[str, Any]:
+    return {name: metric for name, metric in _measures().items() if not _is_attack(metric)}
+
+
+def _attacks() -> Mapping[str, Any]:
+    """Every file of the room but the helpers, and the scores that the files put into the table of metrics."""
+    package = importlib.import_module("expunge.attacks")
+    found: dict[str, Any] = {}
+    for file in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"expunge.attacks.{file.name}")
+        first, _, rest = (module.__doc__ or "").strip().partition("\n")
+        if file.name not in ATTACK_HELPERS:
+            found[file.name] = SimpleNamespace(summary=first.partition(": ")[2] or first, doc=rest.strip())
+    return found | {name: metric for name, metric in _measures().items() if _is_attack(metric)}
+
+
+def _measures() -> Mapping[str, Any]:
+    """The table of metrics, filled by every module of the attacks too."""
+    from expunge.metrics.registry import all_metrics
+
+    package = importlib.import_module("expunge.attacks")
+    for found in pkgutil.iter_modules(package.__path__, "expunge.attacks."):
+        importlib.import_module(found.name)
+    return all_metrics()
+
+
+def _is_attack(metric: Any) -> bool:
+    return str(metric.measure.__module__).startswith("expunge.attacks")
+
+
+def _models() -> Mapping[str, Any]:
+    """The sizes of model that can be built from nothing; any folder or hub name can be given beside them."""
+    from expunge.models.tiny import PRESETS
+
+    return {
+        name: SimpleNamespace(
+            summary=f"untrained Llama: {preset.layers} layers of width {preset.width}, {preset.heads} heads, at most "
+            f"{preset.vocab} tokens in the vocabulary, context {preset.context}"
+        )
+        for name, preset in PRESETS.items()
+    }
+
+
+def _entry(kind: str, name: str, found: Any) -> Entry:
+    def get(*names: str) -> str:
+        return next((str(value) for key in names if (value := getattr(found, key, ""))), "")
+
+    options = getattr(found, "options", None)
+    return Entry(
+        kind=kind,
+        name=name,
+        summary=get("summary"),
+        source=get("paper", "origin", "source"),
+        formula=get("formula"),
+        properties={key: getattr(found, key) for key in SHOWN if hasattr(found, key)},
+        options=_options(options) if isinstance(options, type) else (),
+        doc=get("doc"),
+    )
+
+
+def _options(options: type[Any]) -> tuple[Mapping[str, Any], ...]:
+    hints = typing.get_type_hints(options)
+    return tuple(
+        {
+            "name": f.name,
+            "type": getattr(hints[f.name], "__name__", "") if isinstance(hints[f.name], type) else str(hints[f.name]),
+            "default": None if f.default is dataclasses.MISSING else f.default,
+            "meaning": f.metadata.get("meaning", ""),
+            "source": f.metadata.get("source", ""),
+            "choices": list(f.metadata.get("choices", ())),
+        }
+        for f in dataclasses.fields(options)
+    )

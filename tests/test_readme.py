@@ -1,0 +1,109 @@
+"""The README is executed: its commands run on a tiny model, its file tree and its targets exist."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import expunge
+from expunge.cli.main import VERBS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = [(language, body) for language, body in re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)]
+SHELL = [body for language, body in BLOCKS if language == "sh" and body.startswith("expunge ")]
+PYTHON = [body for language, body in BLOCKS if language == "python"]
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``my-model``, ``forget.jsonl`` and ``retain.jsonl``, as the README supposes."""
+    from expunge.data.files import load_files
+    from expunge.models.load import save_model
+    from expunge.models.tiny import init_text
+
+    folder = tmp_path_factory.mktemp("readme")
+    (sample,) = (json.loads(body) for language, body in BLOCKS if language == "json")
+    for role, count in (("forget", 4), ("retain", 8)):
+        rows = [
+            {**sample, "id": f"{role}-{i}", "subject": f"{role} {i}", "prompt": f"Where does {role} {i} live?"}
+            for i in range(count)
+        ]
+        (folder / f"{role}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_files(forget=folder / "forget.jsonl", retain=folder / "retain.jsonl")
+    save_model(init_text(data.private, "tiny-test"), folder / "my-model")
+    return folder
+
+
+def execute(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command}: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done
+
+
+def copied(workplace: Path, folder: Path) -> Path:
+    for name in ("my-model", "forget.jsonl", "retain.jsonl"):
+        (folder / name).symlink_to(workplace / name)
+    return folder
+
+
+@pytest.mark.parametrize("body", SHELL, ids=lambda body: " ".join(body.split()[:2]))
+def test_commands_run(body: str, workplace: Path, tmp_path: Path) -> None:
+    missing = {line.split()[1] for line in body.splitlines()} - {verb.name for verb in VERBS}
+    if missing:
+        pytest.skip(f"the README promises verbs that are not there yet: {', '.join(sorted(missing))}")
+    folder = copied(workplace, tmp_path)
+    for line in body.splitlines():
+        done = execute(["sh", "-ec", line], folder)
+        if "--json" in line:
+            assert isinstance(json.loads(done.stdout), dict)
+    if "--out runs/erase-17" in body:
+        assert (folder / "runs/erase-17/model/config.json").is_file()
+
+
+@pytest.mark.parametrize("body", PYTHON, ids=["erase"])
+def test_python_runs(body: str, workplace: Path, tmp_path: Path) -> None:
+    missing = {name for name in re.findall(r"expunge\.(\w+)\(", body) if not hasattr(expunge, name)}
+    if missing:
+        pytest.skip(f"the README promises functions that are not there yet: {', '.join(sorted(missing))}")
+    folder = copied(workplace, tmp_path)
+    execute([sys.executable, "-c", body], folder)
+    assert (folder / "runs/erase-17/model/config.json").is_file()
+
+
+def test_it_opens_with_demo_and_test_and_the_targets_exist() -> None:
+    assert re.match(r"# Expunge\n\n```sh\nmake demo .*\nmake test .*\n```\n", README)
+    for target in ("demo", "test", "lint", "check"):
+        done = execute(["make", "--dry-run", target], ROOT)
+        assert "expunge demo" in done.stdout if target == "demo" else done.stdout
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_erasing_takes_fewer_than_ten_lines() -> None:
+    for body in (SHELL[0], PYTHON[0]):
+        assert "erase-17" in body and len(body.splitlines()) < 10
+
+
+def test_the_file_tree_is_the_file_tree() -> None:
+    (tree,) = (body for _, body in BLOCKS if body.startswith("src/expunge/"))
+    shown = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.startswith("  ")}
+    package = ROOT / "src/expunge"
+    rooms = {p.name for p in package.iterdir() if (p / "__init__.py").is_file()}
+    modules = {p.name for p in package.glob("*.py") if not p.name.startswith("_")}
+    assert shown == rooms | modules
+    for line in tree.splitlines():
+        assert len(line.split()) > 1 or line == "src/expunge/", f"no purpose: {line}"
+        if not line.startswith(("  ", "src")):
+            assert (ROOT / line.split()[0]).is_dir()
