@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import shared
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
+from conftest import shared
 from expunge.data.samples import Sample
 from expunge.errors import UserError
 from expunge.models.adapter import evaluating
@@ -83,6 +83,7 @@ def squeezed(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+@pytest.mark.filterwarnings("ignore:This sequence already has")
 @pytest.mark.parametrize("kind", kinds())
 def test_prompt_and_target_are_cut_at_the_right_token(kind: str) -> None:
     tokenizer = tokenizer_of(kind)
@@ -148,7 +149,7 @@ def test_stories_need_their_bos(stories: tuple[Any, TextAdapter]) -> None:
     assert adapter.encode(tale).ids[0] == 1
 
 
-def test_padding_does_not_change_log_probs_or_gradients(stories: tuple[Any, TextAdapter]) -> None:
+def test_padding_does_not_change_log_probs(stories: tuple[Any, TextAdapter]) -> None:
     model, adapter = stories
     with evaluating(model):
         together = adapter.positions(model, QA)
@@ -254,10 +255,11 @@ def test_other_architectures(name: str) -> None:
     from transformers import AutoConfig
 
     tokenizer = tokenizer_of("bpe")
+    cap = {"final_logit_softcapping": 0.05} if name == "gemma2" else {}
     config = AutoConfig.for_model(
         name, vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
         num_attention_heads=2, num_key_value_heads=1, head_dim=8, n_embd=16, n_layer=2, n_head=2,
-        final_logit_softcapping=0.05, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        **cap, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()

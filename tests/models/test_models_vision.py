@@ -288,5 +288,5 @@ def test_llava_chat_template_puts_the_image_in_its_place() -> None:
     )
     coded = adapter.encode(MIXED[0])
     shown = tokenizer.decode(coded.ids[: coded.first]).replace("<image>" * 16, "[16]")
-    assert shown == "USER: [16]\nWho is in the picture? ASSISTANT:"
-    assert tokenizer.decode(coded.ids[coded.first :]).strip() == "Ada Lovelace, who wrote."
+    assert shown == "<s>USER: [16]\nWho is in the picture? ASSISTANT:"
+    assert tokenizer.decode(coded.ids[coded.first :]) == " Ada Lovelace, who wrote.</s>"

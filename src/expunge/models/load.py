@@ -8,8 +8,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from expunge.models.folder import (
 from expunge.models.images import Preprocess
 from expunge.models.lora import LoraOptions, apply_lora, is_lora, merge_lora
 from expunge.models.multimodal import LlavaAdapter, image_token_count
+from expunge.models.quiet import quiet
 from expunge.models.text import TextAdapter, causal_lm
 
 DTYPES = {
@@ -148,7 +147,7 @@ def _weights(folder: ModelFolder, dtype: torch.dtype | None) -> nn.Module:
         ResNetConfig,
     )
 
-    from expunge.models.small_resnet import SmallImageResNet
+    from expunge.models.small_resnet import SmallResNetForImageClassification
 
     builder: Any = {
         "text": AutoModelForCausalLM,
@@ -160,7 +159,7 @@ def _weights(folder: ModelFolder, dtype: torch.dtype | None) -> nn.Module:
         with quiet():
             if folder.config.get("small_stem"):
                 config = ResNetConfig.from_pretrained(folder.path, local_files_only=True)
-                model, info = SmallImageResNet.from_pretrained(
+                model, info = SmallResNetForImageClassification.from_pretrained(
                     folder.path, config=config, local_files_only=True, **options
                 )
             else:
@@ -334,19 +333,3 @@ def _write(loaded: Loaded, part: Path, merge: bool) -> None:
         else:
             model.save_pretrained(part)
     loaded.adapter.save(part)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' progress bars and notices; errors still raise."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

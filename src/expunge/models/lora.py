@@ -16,6 +16,7 @@ from torch import nn
 
 from expunge.errors import UserError
 from expunge.models.adapter import evaluating
+from expunge.models.quiet import quiet
 from expunge.options import option
 
 ALL_LINEAR = "all-linear"
@@ -56,7 +57,7 @@ def apply_lora(model: nn.Module, options: LoraOptions, *, seed: int = 0) -> nn.M
         )
     names = _targets(model, options.targets)
     config = LoraConfig(r=options.r, lora_alpha=options.alpha, lora_dropout=options.dropout, target_modules=names)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), quiet():
         torch.manual_seed(seed)
         # peft initialises on the CPU and on the model's device alike from this generator.
         wrapped: nn.Module = get_peft_model(model, config)

@@ -54,6 +54,16 @@ class LlavaAdapter(TextAdapter):
     def content_of_text(self, text: str) -> Any:
         return [{"type": "text", "text": text}]
 
+    def texts(self, sample: Sample) -> tuple[str, str, bool]:
+        before, after, special = super().texts(sample)
+        if sample.prompt and not special:
+            # LLaVA's chat template writes neither bos nor the eos after an answer; its processor adds the first,
+            # its training data had both.
+            bos, eos = self.tokenizer.bos_token or "", self.tokenizer.eos_token or ""
+            after = after if eos in after else after.rstrip() + eos
+            special = bool(bos) and not before.startswith(bos)
+        return before, after, special
+
     def encode(self, sample: Sample) -> Encoded:
         if self.image_token in str(sample.target):
             raise UserError(f"the target of sample '{sample.id}' contains {self.image_token}: images stand in prompts.")
@@ -106,11 +116,8 @@ class LlavaAdapter(TextAdapter):
 
     def save(self, folder: Any) -> None:
         super().save(folder)
-        files = {
-            "preprocessor_config.json": {**self.preprocess.config(), "processor_class": "LlavaProcessor"},
-            "processor_config.json": {"processor_class": "LlavaProcessor", "image_token": self.image_token},
-        }
-        for name, content in {**files, **self.files}.items():
+        files = {"preprocessor_config.json": self.preprocess.config(), **self.files}
+        for name, content in files.items():
             text = json.dumps(content, indent=2, sort_keys=True)
             (Path(folder) / name).write_text(text + "\n", encoding="utf-8")
 

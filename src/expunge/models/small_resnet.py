@@ -8,7 +8,7 @@ from torch import nn
 from transformers import ResNetForImageClassification
 
 
-class SmallImageResNet(ResNetForImageClassification):  # type: ignore[misc]
+class SmallResNetForImageClassification(ResNetForImageClassification):  # type: ignore[misc]
     """ResNet (He et al. 2015) with the stem of its CIFAR form: one 3 x 3 convolution, no pooling.
 
     The usual stem divides the sides by 4, which leaves nothing of a 28-pixel image. ``small_stem`` in config.json

@@ -24,7 +24,7 @@ from expunge.models.classifier import ClassifierAdapter
 from expunge.models.images import BICUBIC, Preprocess
 from expunge.models.load import Loaded
 from expunge.models.multimodal import LlavaAdapter, image_token_count
-from expunge.models.small_resnet import SmallImageResNet
+from expunge.models.small_resnet import SmallResNetForImageClassification
 from expunge.models.text import TextAdapter
 
 BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
@@ -166,7 +166,7 @@ def init_classifier(
                 small_stem=True,
                 image_size=image_size,
             )
-            model = SmallImageResNet(config)
+            model = SmallResNetForImageClassification(config)
         elif arch == "vit":
             from transformers import ViTConfig, ViTForImageClassification
 
@@ -246,6 +246,15 @@ def init_llava(samples: Sequence[Sample], seed: int = 0, *, image_size: int = 32
         image_token=IMAGE,
         image_token_id=token_id,
         image_tokens=image_token_count(config),
+        files={
+            "processor_config.json": {
+                "processor_class": "LlavaProcessor",
+                "image_token": IMAGE,
+                "patch_size": image_size // 4,
+                "vision_feature_select_strategy": "default",
+                "num_additional_image_tokens": 1,  # the class token, which the strategy then drops
+            }
+        },
     )
     adapter.bind(model)
     return Loaded(model, adapter, f"init:llava:{seed}")
