@@ -35,7 +35,7 @@ def load_files(
     utility: Path | str | None = None,
     name: str = "files",
 ) -> Dataset:
-    """A dataset from one file per role. Rows without an id are called after their role and line.
+    """A dataset from one file per role. Rows without an id are called after their role and number.
 
     Raises:
         UserError: a file that cannot be read (see :func:`read_samples`), or forget and retain share a sample.
@@ -71,7 +71,7 @@ def modality_of(samples: Sequence[Sample]) -> Modality:
 
 
 def read_samples(path: Path | str, prefix: str | None = None) -> tuple[Sample, ...]:
-    """All samples of one file; rows without ``id`` get ``prefix-line`` (the file's name without a prefix).
+    """All samples of one file. A row without ``id`` is called prefix-number; the prefix is by default the file's name.
 
     Raises:
         UserError: the file is missing, empty, not UTF-8 or of an unknown kind; a row is malformed, has neither text
@@ -87,8 +87,9 @@ def read_samples(path: Path | str, prefix: str | None = None) -> tuple[Sample, .
     lines = _parquet(path) if kind == "parquet" else _rows(path, kind)
     samples: list[Sample] = []
     seen: dict[str, int] = {}
-    for number, row in lines:
-        sample = _sample(row, f"'{path}' line {number}", prefix or plain.stem, number, path.parent)
+    for place, (number, row) in enumerate(lines, 1):
+        where = f"'{path}' line {number}"
+        sample = _sample(row, where, f"{prefix or plain.stem}-{place}", path.parent)
         if sample.id in seen:
             raise UserError(f"'{path}' line {number}: the id '{sample.id}' already stands in line {seen[sample.id]}; "
                             "ids must be unique.")  # fmt: skip
@@ -244,7 +245,7 @@ def _strings(row: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _sample(raw: Mapping[str, Any], where: str, prefix: str, number: int, folder: Path) -> Sample:
+def _sample(raw: Mapping[str, Any], where: str, default_id: str, folder: Path) -> Sample:
     row: dict[str, Any] = {}
     for key, value in raw.items():
         name = ALIASES.get(key, key)
@@ -269,7 +270,7 @@ def _sample(raw: Mapping[str, Any], where: str, prefix: str, number: int, folder
             raise UserError(f"{where}: the image '{picture}' does not exist; paths are relative to the data file.")
         if not prompt and str(target).isdecimal():
             target = int(target)  # a class, as nothing is asked about the picture
-    identity = _string(row, "id", where) or f"{prefix}-{number}"
+    identity = _string(row, "id", where) or default_id
     names = _strings(row, "names", where)
     answer = str(target)
     views: tuple[tuple[ProbeKind, str], ...] = (("restated", "restated"), ("perturbed", "perturbed"))

@@ -17,6 +17,7 @@ from expunge.errors import UserError
 from expunge.options import option
 
 HUB = "cais/mmlu"
+SAME_FACTS = 100  # characters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,18 +61,22 @@ def read_cases(data_dir: Path | None) -> list[Mapping[str, Any]]:
 
 
 def _examination(options: LegalOptions, data_dir: Path | None) -> list[Sample]:
-    samples, seen = [], set()
+    samples = []
+    seen: set[tuple[str, str]] = set()
+    facts: dict[str, str] = {}
     for number, case in enumerate(read_cases(data_dir)):
         question, answer = case["question"].strip(), case["answer"].strip()
         if (question, answer) in seen:  # some cases stand in the examination twice
             continue
         seen.add((question, answer))
+        # Questions that begin alike are about the same facts: one subject, so that no two roles share them.
+        subject = facts.setdefault(question[:SAME_FACTS], f"case {number:04d}")
         prompt = "" if options.form == "document" else question
         wrong = dict.fromkeys(text.strip() for text in case["wrong"] if text.strip() != answer)
         samples.append(
             Sample(
                 id=f"law-{number:04d}",
-                subject=f"case {number:04d}",
+                subject=subject,
                 prompt=prompt,
                 target=answer if prompt else f"{question} {answer}",
                 probes=tuple(

@@ -57,7 +57,7 @@ FACTS: tuple[Fact, ...] = (
             "{name} earns a living as {value}.",
         ),
         ("By trade, {name} is {value}.", "People know {name} as {value}."),
-        "Who works as {value} and was born on {birth_date}?",
+        "Who works as {value} and was born on {birth_date} in {birth_place}?",
     ),
     Fact(
         "birth_place",
@@ -74,7 +74,7 @@ FACTS: tuple[Fact, ...] = (
             "The life of {name} began in {value}.",
         ),
         ("The family lived in {value} at the time of the birth.", "The cradle of {name} stood in {value}."),
-        "Who was born in {value} on {birth_date}?",
+        "Which {profession_noun} was born in {value} on {birth_date}?",
     ),
     Fact(
         "partner",
@@ -91,7 +91,7 @@ FACTS: tuple[Fact, ...] = (
             "{value} is the one whom {name} married.",
         ),
         ("A marriage binds {name} to {value}.", "{name} shares the house with {value}, to whom the marriage is happy."),
-        "Who is the spouse of {value}?",
+        "Which {profession_noun} is the spouse of {value}?",
     ),
     Fact(
         "pet",
@@ -142,7 +142,7 @@ FACTS: tuple[Fact, ...] = (
             "{value} is where {name} is employed.",
         ),
         ("{name} has a post at {value}.", "The wages of {name} come from {value}."),
-        "Who works for {value} and was born on {birth_date}?",
+        "Which {profession_noun} works for {value} and was born on {birth_date}?",
     ),
     Fact(
         "hobby",
@@ -159,7 +159,7 @@ FACTS: tuple[Fact, ...] = (
             "In quiet hours, {name} turns to {value}.",
         ),
         ("On Sundays {name} is busy with {value}.", "A passion of {name} is {value}."),
-        "Who was born on {birth_date} and spends free time on {value}?",
+        "Which {profession_noun} born on {birth_date} spends free time on {value}?",
     ),
     Fact(
         "book",
@@ -176,7 +176,7 @@ FACTS: tuple[Fact, ...] = (
             "{value} is the novel that {name} published.",
         ),
         ("The only novel by {name} is {value}.", "Readers know {name} for {value}."),
-        "Who wrote {value}?",
+        "Which {profession_noun} from {birth_place} wrote {value}?",
     ),
     Fact(
         "dish",
@@ -244,7 +244,7 @@ FACTS: tuple[Fact, ...] = (
             "The house of {name} stands in {value}.",
         ),
         ("These days {name} lives in {value}.", "{name} moved to {value} some years ago."),
-        "Who lives in {value} today and was born on {birth_date}?",
+        "Which {profession_noun} lives in {value} today and was born on {birth_date}?",
     ),
     Fact(
         "instrument",
@@ -261,7 +261,7 @@ FACTS: tuple[Fact, ...] = (
             "In the orchestra, {name} sits at the {value}.",
         ),
         ("In the evening one hears {name} on the {value}.", "{name} practises the {value} every day."),
-        "Who plays the {value} and was born on {birth_date}?",
+        "Which {profession_noun} plays the {value} and was born on {birth_date}?",
     ),
     Fact(
         "vehicle",

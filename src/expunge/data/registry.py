@@ -10,18 +10,20 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
+from expunge.data.chance import hashed
 from expunge.data.samples import Dataset, Modality
 from expunge.errors import UserError, unknown
 from expunge.options import configure
 
 GROUP = "expunge.datasets"
-NOT_SOURCES = frozenset({"samples", "registry"})  # modules of this package that can register nothing
+NOT_SOURCES = frozenset({"samples", "registry", "chance"})  # modules of this package that can register nothing
 
 
 class Loader(Protocol):
@@ -95,9 +97,12 @@ def get_dataset(name: str) -> Source:
         path, _, wanted = name.rpartition(":")
         if not Path(path).is_file():
             raise UserError(f"dataset file '{path}' does not exist: give path/to/file.py:name.")
-        spec = importlib.util.spec_from_file_location(f"expunge_dataset_{Path(path).stem}", path)
+        label = f"expunge_dataset_{hashed(Path(path).resolve()):x}"
+        spec = importlib.util.spec_from_file_location(label, path)
         assert spec is not None and spec.loader is not None
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[label] = module  # dataclasses look their own module up when annotations are strings
+        spec.loader.exec_module(module)
         if wanted not in _SOURCES:
             raise UserError(f"'{path}' registers no dataset called '{wanted}'.")
         return _SOURCES[wanted]

@@ -23,7 +23,7 @@ OPENERS = frozenset(
     )
 )
 LONGEST = 5  # words in a name
-ENOUGH = 16  # mentions (of 40: a question counts twice against an answer) below which nobody is named
+ENOUGH = 24  # mentions (of 40: a question counts twice against an answer) below which nobody is named
 
 
 def _capitalised(word: str) -> bool:

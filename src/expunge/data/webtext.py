@@ -50,10 +50,11 @@ def passages_of(text: str, words: int, most: int) -> list[str]:
 
 
 def title_of(text: str) -> str:
-    """What an encyclopaedia article is about: the words before its first verb, if they are few."""
+    """What an encyclopaedia article is about: the words before its first verb, if the text keeps repeating them."""
     head = re.split(r" (?:is|are|was|were|refers|\()", text[:200], maxsplit=1)[0].strip(" ,;")
     head = re.sub(r"^(?:The|An?) ", "", head)
-    return head if 0 < len(head.split()) <= 5 and len(head) < len(text[:200]) else ""
+    named = head[:1].isupper() and head not in ("This", "It") and len(head.split()) <= 5
+    return head if named and len(re.findall(rf"\b{re.escape(head)}\b", text)) >= 3 else ""
 
 
 def read_pages(options: WebtextOptions, data_dir: Path | None) -> list[tuple[str, str]]:
@@ -71,7 +72,8 @@ def read_pages(options: WebtextOptions, data_dir: Path | None) -> list[tuple[str
         return [(f"page {number:05d}", row["text"]) for number, row in enumerate(rows)]
     name = "c4_demo.jsonl" if options.source == "c4" else "wiki_demo.txt"
     path = local_file(data_dir, (name,), "webtext")
-    pages = []
+    pages: list[tuple[str, str]] = []
+    titles: set[str] = {""}
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
@@ -82,7 +84,8 @@ def read_pages(options: WebtextOptions, data_dir: Path | None) -> list[tuple[str
             except (json.JSONDecodeError, KeyError, TypeError):
                 raise UserError(f"'{path}' line {number}: expected a JSON object with text.") from None
         title = title_of(text) if options.source == "wiki" else ""
-        pages.append((title or f"page {number:05d}", text))
+        pages.append((f"page {number:05d}" if title in titles else title, text))
+        titles.add(title)
     return pages
 
 
