@@ -9,6 +9,7 @@ Shape suffixes: N items, K columns, G groups (subjects), R resamples, P positive
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -267,7 +268,9 @@ def kolmogorov_smirnov(first: ArrayLike, second: ArrayLike, *, level: float = LE
     a, b = a[~np.isnan(a)], b[~np.isnan(b)]
     if a.size == 0 or b.size == 0:
         return TwoSample(Estimate(NAN, definition=definition), NAN)
-    found: Any = scipy_stats.ks_2samp(a, b)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # where the exact p-value fails, SciPy takes the asymptotic one
+        found: Any = scipy_stats.ks_2samp(a, b)
     distance, slack = float(found.statistic), dkw_slack(a.size, b.size, level)
     low, high = max(0.0, distance - slack), min(1.0, distance + slack)
     return TwoSample(Estimate(distance, low, high, min(a.size, b.size), definition), float(found.pvalue))
@@ -345,11 +348,7 @@ def tpr_at_fpr(
         return Estimate(NAN, n=pos.size + neg.size, definition=name)
     value = _tpr(pos, neg, fpr)
     exact = clopper_pearson(round(value * pos.size), pos.size, level=level)
-    rng = np.random.default_rng(seed)
-    pos_members, neg_members = _members(pos_codes), _members(neg_codes)
-    draws_R = np.array(
-        [_tpr(pos[_draw(pos_members, rng)], neg[_draw(neg_members, rng)], fpr) for _ in range(resamples)]
-    )
+    draws_R = _bootstrap_tpr(pos, neg, pos_codes, neg_codes, fpr, resamples, seed)
     low, high = percentile_interval(draws_R, level)
     note = f"only {neg.size} negatives: a rate of {fpr:g} is not resolved" if neg.size * fpr < 1 else ""
     return Estimate(value, min(low, exact.low), max(high, exact.high), pos.size + neg.size, name, note)
@@ -437,13 +436,30 @@ def _tpr(pos: Floats, neg: Floats, fpr: float) -> float:
     return float(np.mean(pos > barrier))
 
 
-def _members(codes: NDArray[np.intp]) -> list[NDArray[np.intp]]:
-    order = np.argsort(codes, kind="stable")
-    return np.split(order, np.cumsum(np.bincount(codes))[:-1])
-
-
-def _draw(members: list[NDArray[np.intp]], rng: np.random.Generator) -> NDArray[np.intp]:
-    chosen = rng.integers(len(members), size=len(members))
-    if all(len(m) == 1 for m in members):
-        return np.concatenate(members)[chosen]
-    return np.concatenate([members[c] for c in chosen])
+def _bootstrap_tpr(
+    pos: Floats,
+    neg: Floats,
+    pos_codes: NDArray[np.intp],
+    neg_codes: NDArray[np.intp],
+    fpr: float,
+    resamples: int,
+    seed: int,
+) -> Floats:
+    """:func:`_tpr` of every resample, (R,): groups carry integer weights, and ranks become sums of weights."""
+    rng = np.random.default_rng(seed)
+    pos_order, neg_order = np.argsort(-pos, kind="stable"), np.argsort(-neg, kind="stable")
+    falling_neg, rising_pos = neg[neg_order], -pos[pos_order]
+    step = max(1, BLOCK // (pos.size + neg.size))
+    parts = []
+    for start in range(0, resamples, step):
+        count = min(step, resamples - start)
+        neg_RM = resampled_weights(int(neg_codes.max()) + 1, count, rng)[:, neg_codes[neg_order]].cumsum(1)
+        pos_RP = resampled_weights(int(pos_codes.max()) + 1, count, rng)[:, pos_codes[pos_order]].cumsum(1)
+        allowed_R = np.floor(fpr * neg_RM[:, -1] + 1e-9)
+        barrier_R = (neg_RM <= allowed_R[:, None]).sum(1)  # the first negative that may not be flagged
+        everyone = barrier_R >= neg.size
+        barrier = falling_neg[np.minimum(barrier_R, neg.size - 1)]
+        above_R = np.searchsorted(rising_pos, -barrier, side="left")  # positives strictly above the barrier
+        won_R = np.where(above_R > 0, pos_RP[np.arange(count), np.maximum(above_R - 1, 0)], 0.0)
+        parts.append(np.where(everyone, 1.0, won_R / pos_RP[:, -1]))
+    return np.concatenate(parts)

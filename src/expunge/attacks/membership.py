@@ -131,9 +131,9 @@ def auc_gap(
         models = [np.asarray(m[side], dtype=np.float64) for m in ((ours,) if theirs is None else (ours, theirs))]
         if len({len(m) for m in models}) > 1:
             raise UserError("model and reference were scored on different samples: use the same forget and holdout.")
-        kept: NDArray[np.bool_] = ~np.isnan(np.stack(models)).any(axis=0)
-        sides.append([m[kept] for m in models])
-        kept_groups.append(None if groups is None else [g for g, keep in zip(groups, list(kept), strict=True) if keep])
+        kept = [not any(math.isnan(score) for score in item) for item in zip(*models, strict=True)]
+        sides.append([m[np.array(kept, dtype=bool)] for m in models])
+        kept_groups.append(None if groups is None else [g for g, keep in zip(groups, kept, strict=True) if keep])
     pairs = list(zip(sides[0], sides[1], strict=True))
     num = len(sides[0][0]) + len(sides[1][0])
     if min(len(sides[0][0]), len(sides[1][0])) == 0:

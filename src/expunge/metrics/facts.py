@@ -38,25 +38,7 @@ _STOP = (
     "would yes you your one"
 )
 STOP_WORDS = frozenset(_STOP.split())
-PARTICLES = [
-    "of",
-    "de",
-    "da",
-    "del",
-    "della",
-    "di",
-    "du",
-    "la",
-    "le",
-    "van",
-    "von",
-    "der",
-    "den",
-    "bin",
-    "ibn",
-    "al",
-    "el",
-]
+PARTICLES = "of|de|da|del|della|di|du|la|le|van|von|der|den|bin|ibn|al|el"
 _MONTH = "|".join(sorted(MONTHS, key=len, reverse=True))
 _DAY = r"(?P<{}>\d{{1,2}})(?:st|nd|rd|th)?"
 DATES = (
@@ -68,9 +50,7 @@ DATES = (
 YEAR = re.compile(r"\b(1[0-9]{3}|20[0-9]{2})\b(?!\s*%)")
 NUMBER = re.compile(r"\b\d+(?:,\d{3})*(?:\.\d+)?\b|\b(?:" + "|".join(NUMBER_WORDS) + r")\b", re.I)
 CAPITAL = r"[A-Z][\w'’-]*"
-NAME = re.compile(
-    rf"{CAPITAL}(?:\s+(?:(?:of|de|da|del|della|di|du|la|le|van|von|der|den|bin|ibn|al|el)\s+)*{CAPITAL})*"
-)
+NAME = re.compile(rf"{CAPITAL}(?:\s+(?:(?:{PARTICLES})\s+)*{CAPITAL})*")
 WORD = re.compile(r"\w+")
 
 
@@ -87,7 +67,7 @@ def _plain(text: str) -> list[str]:
 
 
 def _dates(text: str) -> tuple[list[Fact], str]:
-    """Facts of the dates, and the text with the dates blanked out."""
+    """Facts of the dates, and the text with a mark in place of each date."""
     facts: list[Fact] = []
     for pattern in DATES:
         for match in pattern.finditer(text):
@@ -98,7 +78,7 @@ def _dates(text: str) -> tuple[list[Fact], str]:
             facts.append(Fact("day", "/".join(map(str, sorted((int(parts["a"]), other))))))
             if parts.get("year"):
                 facts.append(Fact("year", parts["year"]))
-        text = pattern.sub(lambda m: " " * len(m.group()), text)
+        text = pattern.sub(" _ ", text)
     return facts, text
 
 
@@ -115,7 +95,8 @@ def _numbers(text: str) -> list[Fact]:
 def _names(text: str) -> list[Fact]:
     facts = []
     for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z\"“])", text):
-        opening = True  # a single capital at the start of a longer sentence is only its first word
+        # A single capital at the start is only the sentence's first word, unless all the words have one: "Paris."
+        opening, titled = True, all(w[0].isupper() for w in WORD.findall(sentence))
         for match in NAME.finditer(sentence):
             parts = _plain(match.group())
             while parts and parts[0] in STOP_WORDS:  # "The", "In", "One of"
@@ -124,7 +105,7 @@ def _names(text: str) -> list[Fact]:
             at_start = opening and not WORD.search(sentence[: match.start()])
             if at_start and len(parts) > 2 and parts[1] == "of":
                 parts = parts[2:]  # "Readers of Hina Ameen"
-            if parts and not (at_start and len(parts) == 1 and len(WORD.findall(sentence)) > 3):
+            if parts and not (at_start and len(parts) == 1 and not titled):
                 facts.append(Fact("name", " ".join(parts)))
             opening = False
     return facts

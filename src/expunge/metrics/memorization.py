@@ -37,7 +37,7 @@ def matching_suffix(hits_L: NDArray[np.bool_], drop_last: bool = False) -> float
     if not len(hits_L):
         return math.nan
     misses = np.flatnonzero(~hits_L)
-    return 1.0 - (int(misses[-1]) + 1) / len(hits_L) if len(misses) else 1.0
+    return (len(hits_L) - 1 - int(misses[-1])) / len(hits_L) if len(misses) else 1.0
 
 
 def _subjects(signals: Sequence[Signals]) -> list[str]:

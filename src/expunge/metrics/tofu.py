@@ -191,8 +191,9 @@ def forget_quality(
     """
     first, second = unlearned.log_ratios(ratio), reference.log_ratios(ratio)  # KS does not change under exp
     found = kolmogorov_smirnov(first, second, level=level, definition=f"forget_quality-{ratio}-ks_distance/1")
-    p_value = Estimate(found.p_value, n=found.distance.n, definition=f"forget_quality-{ratio}-p_value/1")
-    return ForgetQuality(p_value, found.distance)
+    note = "" if len(first) == len(second) else f"{len(first)} against {len(second)} items: are the questions the same?"
+    p_value = Estimate(found.p_value, n=found.distance.n, definition=f"forget_quality-{ratio}-p_value/1", note=note)
+    return ForgetQuality(p_value, found.distance.named(found.distance.definition, note))
 
 
 def utility_parts(sets: Mapping[str, TofuSet], ratio: Ratio = "geometric") -> dict[str, Estimate]:
