@@ -19,7 +19,7 @@ from expunge.errors import UserError, unknown
 from expunge.models.adapter import CHUNK_ELEMENTS
 from expunge.models.folder import ModelFolder, inspect, parameters_in, resolve, tensor_shapes
 from expunge.models.load import base_of, device_of, dtype_of
-from expunge.models.lora import LoraOptions
+from expunge.models.lora import ALL_LINEAR, LoraOptions
 
 STATES = {"adamw": 2, "adam": 2, "muon": 2, "sgd": 0, "momentum": 1, "none": 0}  # optimizer values per parameter
 SHORT = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -115,25 +115,30 @@ def _stored(folder: ModelFolder) -> torch.dtype:
 
 
 def _lora_parameters(folder: ModelFolder, lora: LoraOptions) -> int:
-    """r·(in + out) per matrix; for "all-linear" every matrix but embeddings and head."""
+    """r·(in + out) per matrix and r·(in·k² + out) per k x k convolution, of the layers that ``apply_lora`` takes."""
     wanted = [t.strip() for t in lora.targets.split(",")]
-    every = wanted == ["all-linear"]
+    images = folder.modality == "classifier"
+    outside = () if images else ("embed", "wte", "wpe", "lm_head")
     total = 0
     for file in folder.weights:
         for name, (_, shape) in tensor_shapes(file).items():
             layer = name.removesuffix(".weight")
-            outside = any(part in layer for part in ("embed", "wte", "wpe", "lm_head"))
-            if len(shape) == 2 and (not outside if every else any(layer.endswith(w) for w in wanted)):
-                total += lora.r * sum(shape)
+            fits = len(shape) == 2 or (images and len(shape) == 4)
+            if wanted == [ALL_LINEAR]:
+                fits = fits and not any(part in layer for part in outside)
+            else:
+                fits = fits and any(layer == w or layer.endswith("." + w) for w in wanted)
+            if fits:
+                total += lora.r * (shape[0] + math.prod(shape[1:]))
     return total
 
 
 def _activations(config: Mapping[str, Any], tokens: int, each: int, train: bool) -> int:
-    """Bytes that the forward pass of one batch leaves for the backward pass.
+    """Bytes that the forward pass of one batch leaves for the backward pass (a vision tower's not counted).
 
-    Per token and layer of a gated transformer, counted over the modules of a Llama block: about 18 values of the
-    hidden width (norms in and out, queries, keys, values and their rotated copies, attention and its output, two
-    residual sums) and 4 of the inner width (gate, its activation, up, their product); attention scores are not
+    Per token and layer, autograd was seen to keep 10 values of the hidden width and 4 of the inner width in Llama
+    and Qwen2 (norms, queries, keys, values, attention and its output; gate, its activation, up, their product), 14
+    and 4 in Gemma 2, 10 and 5 in GPT-2; the largest of each are taken. Attention scores are not
     kept (fused attention). Without gradients one layer at a time is alive. Beside it stand the logits of one chunk,
     with their log-softmax and gradient. For images the tokens are 16 x 16 patches, see ``_image_activations``.
     """
@@ -144,8 +149,11 @@ def _activations(config: Mapping[str, Any], tokens: int, each: int, train: bool)
         return _image_activations(config, tokens, each, train)
     inner = int(text.get("intermediate_size") or text.get("n_inner") or 4 * width)
     vocab = int(text.get("vocab_size") or 0)
+    patch = config.get("patch_size")
+    if isinstance(patch, int) and not vocab:  # a vision transformer: batches are sized in 16 x 16 patches
+        tokens = math.ceil(tokens * (16 / patch) ** 2)
     logits = min(CHUNK_ELEMENTS, tokens * vocab) * 4 * (3 if train else 2)
-    return tokens * (18 * width + 4 * inner) * each * (layers if train else 1) + logits
+    return tokens * (14 * width + 5 * inner) * each * (layers if train else 1) + logits
 
 
 def _image_activations(config: Mapping[str, Any], tokens: int, each: int, train: bool) -> int:

@@ -201,7 +201,7 @@ def init_classifier(
 
 
 def init_llava(samples: Sequence[Sample], seed: int = 0, *, image_size: int = 32) -> Loaded:
-    """An untrained LLaVA of about 0.13 million parameters: CLIP vision tower, projector, Llama, and a tokenizer.
+    """An untrained LLaVA of at most 0.17 million parameters: CLIP vision tower, projector, Llama, and a tokenizer.
 
     An image is 16 tokens, whatever its size.
 
