@@ -1,0 +1,118 @@
+"""The same number of trials for every method, on validation subjects that the measured forget set never contains.
+
+The rule is fixed beforehand: the first trial is the method's defaults; the others draw the learning rate (×10^U(-1,1)
+for families, ×2^U(-1,1) for the flagship, which is less sensitive), the passes (×½, 1, 2) and the retain term. A
+trial's score is the share of the total-variation gap closed on the validation forget set, less 10 per point of retain
+ratio below .985, less 2 per point of two-sided membership distance above .05; the best trial's settings are used.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from expunge.bench.evaluate import evaluate
+from expunge.data.deletion import by_subject
+from expunge.data.samples import Dataset, subjects
+from expunge.errors import UserError
+from expunge.training.optimizers import sized_rate
+
+if TYPE_CHECKING:
+    from expunge.bench.plan import Entry
+    from expunge.bench.study import Study
+
+TUNING_SEED = 97
+RETAIN_GOAL, MEMBERSHIP_GOAL = 0.985, 0.05
+
+
+def score(metrics: dict[str, Any]) -> float:
+    """The predeclared rule; missing numbers count as failure of their part."""
+
+    def value(name: str, otherwise: float) -> float:
+        found = metrics.get(name)
+        number = getattr(found, "value", None)
+        return otherwise if number is None or not np.isfinite(number) else float(number)
+
+    closed = value("tv.gap_closed", -1.0)
+    retain = value("retain_ratio", 0.0)
+    gap = value("mia.loss.gap", 0.5)
+    return closed - 10 * max(0.0, RETAIN_GOAL - retain) - 2 * max(0.0, gap - MEMBERSHIP_GOAL)
+
+
+def draws(study: Study, entry: Entry, trials: int) -> list[dict[str, Any]]:
+    """Settings of each trial: the defaults first, then random ones by the entry's own stream."""
+    rng = np.random.default_rng([TUNING_SEED, *map(ord, entry.label)])
+    defaults = entry.configured()
+    fields = {f.name for f in dataclasses.fields(defaults)}
+    found: list[dict[str, Any]] = [dict(entry.settings)]
+    for _ in range(trials - 1):
+        drawn: dict[str, Any] = dict(entry.settings)
+        spread = 2 ** rng.uniform(-1, 1) if entry.method.name == "cluster" else 10 ** rng.uniform(-1, 1)
+        rate = defaults.learning_rate
+        if rate is None:
+            rate = sized_rate(study.shop.loaded.model, 1e-5)
+        drawn["learning_rate"] = float(rate * spread)
+        drawn["epochs"] = float(defaults.epochs * rng.choice([0.5, 1.0, 2.0]))
+        kind = str(rng.choice(["nll", "kl"]))
+        if "retain" in fields and getattr(defaults, "retain") != "none":  # noqa: B009 - fields differ by method
+            drawn["retain"] = kind
+        found.append({k: v for k, v in drawn.items() if k not in entry.settings} | entry.settings)
+    return found
+
+
+def validation(study: Study) -> Dataset:
+    """As many other subjects to forget, chosen among those who stay in the measured study."""
+    dataset = study.measured
+    others = [s for s in subjects(dataset["retain"]) if s not in set(subjects(dataset["forget"]))]
+    count = len(subjects(dataset["forget"]))
+    if len(others) <= count:
+        raise UserError(f"--tune needs more than {count} subjects in the retain set for validation: leave it out.")
+    rng = np.random.default_rng(TUNING_SEED)
+    chosen = [others[int(i)] for i in rng.permutation(len(others))[:count]]
+    return by_subject(dataset, chosen)
+
+
+def tuned(study: Study, trials: int) -> dict[str, dict[str, Any]]:
+    """The best settings of each entry; every trial is recorded in ``tuning.json``."""
+    dataset = validation(study)
+    quick = dataclasses.replace(study.options.evaluate, suite="quick")
+    record: dict[str, Any] = {}
+    if (study.run.folder / "tuning.json").exists():
+        record = study.run.read_json("tuning.json")
+    references = None
+    for entry in study.entries:
+        done: list[dict[str, Any]] = record.setdefault(entry.label, [])
+        for number, settings in enumerate(draws(study, entry, trials)):
+            if number < len(done):
+                continue
+            if references is None:
+                references = study.references(dataset, 1, "tune", "~tune")
+                original = study.shop.original(study.dataset, 0)
+                adapter = study.shop.adapter
+                start = evaluate(original, adapter, dataset, references=references, original="self", options=quick)
+            study.progress.say(f"tune/{entry.label}/{number + 1} of {trials}")
+            try:
+                context = study.context(entry, copy.deepcopy(original), 0, dataset, f"tune/{entry.label}/{number}")
+                outcome, cost = study.apply(context, entry.method, entry.method.configure(settings))
+                found = evaluate(outcome.model, adapter, dataset, references=references, original=start, options=quick)
+                done.append(
+                    {
+                        "settings": settings,
+                        "score": score(found.metrics),
+                        "metrics": found.record(),
+                        "cost": cost.record(study.shop.retraining()),
+                    }
+                )
+            except UserError as error:
+                done.append({"settings": settings, "score": None, "failed": str(error)})
+            study.run.write_json("tuning.json", record)
+    best: dict[str, dict[str, Any]] = {}
+    for entry in study.entries:
+        scored = [t for t in record[entry.label] if t["score"] is not None]
+        if not scored:
+            raise UserError(f"every trial of '{entry.label}' failed: {record[entry.label][0]['failed']}")
+        best[entry.label] = max(scored, key=lambda t: float(t["score"]))["settings"]
+    return best
