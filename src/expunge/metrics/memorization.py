@@ -83,7 +83,7 @@ def extraction_strength(signals: Sequence[Signals], drop_last: bool = False) -> 
     definition="privleak/1",
     formula="100 ((1 - AUC) - (1 - AUC_ref)) / (1 - AUC_ref), AUC of forget above holdout by Min-K%",
     direction="0 is best; negative: still remembered, positive: over-forgotten",
-    source="MUSE (Shi et al. 2025), equation 2, there with AUC of holdout above forget",
+    source="MUSE (Shi et al. 2025), there with AUC of holdout above forget",
 )
 def privleak(
     forget: ArrayLike,

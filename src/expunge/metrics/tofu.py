@@ -84,8 +84,8 @@ def log_truth_ratio(paraphrased_N: ArrayLike, perturbed: Sequence[ArrayLike], ra
 
     "geometric": wrong answers averaged as losses: exp(paraphrased - mean(perturbed)). TOFU's evaluate_util.py (the
     ``truth_ratio`` field of its logs) and aggregate_eval_stat.py (which tests its reciprocal; KS is the same).
-    "arithmetic": wrong answers averaged as probabilities: mean(exp(-perturbed)) / exp(-paraphrased). Equation 1 of
-    the paper, and get_model_utility in TOFU's utils.py.
+    "arithmetic": wrong answers averaged as probabilities: mean(exp(-perturbed)) / exp(-paraphrased). The
+    paper's formula, and get_model_utility in TOFU's utils.py.
     "openunlearning": geometric, with 1e-10 added to the denominator as in OpenUnlearning.
     """
     right_N = np.asarray(paraphrased_N, dtype=np.float64)
@@ -136,7 +136,7 @@ def _log_sum(losses: ArrayLike) -> float:
     definition="prob/1",
     formula="mean exp(-loss); with options p(right) / (p(right) + sum p(wrong))",
     direction="forget: two-sided to the reference; retain and utility: higher is better",
-    source="TOFU (Maini et al. 2024), section 2.2.1",
+    source="TOFU (Maini et al. 2024)",
 )
 def probability(items: TofuSet) -> Estimate:
     """Mean length-normalised probability of the answers.
@@ -153,7 +153,7 @@ def probability(items: TofuSet) -> Estimate:
     definition="truth_ratio-geometric-closer_to_1_better/1 (forget), -true_better/1 (others)",
     formula="R = P(wrong) / P(right in other words); mean min(R, 1/R), max(0, 1 - R) or 1 / (1 + R)",
     direction="higher is better within its score; two-sided to the reference on forget",
-    source="TOFU (Maini et al. 2024), equation 1 and code; OpenUnlearning (Dorna et al. 2025)",
+    source="TOFU (Maini et al. 2024), paper and code; OpenUnlearning (Dorna et al. 2025)",
 )
 def truth_ratio(items: TofuSet, score: Score = "closer_to_1_better", ratio: Ratio = "geometric") -> Estimate:
     """Whether the truth in other words is still preferred to well-formed wrong answers.
@@ -179,7 +179,7 @@ class ForgetQuality:
     definition="forget_quality-geometric/1",
     formula="two-sample KS of per-item truth ratios, unlearned against reference: p-value; sup|F - G| with DKW bound",
     direction="distance: 0 is best, the upper bound is the claim; p-value: high means only that no difference was seen",
-    source="TOFU (Maini et al. 2024), section 2.2.2; bound: Massart 1990",
+    source="TOFU (Maini et al. 2024); bound: Massart 1990",
 )
 def forget_quality(
     unlearned: TofuSet, reference: TofuSet, ratio: Ratio = "geometric", level: float = LEVEL
@@ -211,7 +211,7 @@ def utility_parts(sets: Mapping[str, TofuSet], ratio: Ratio = "geometric") -> di
     definition="model_utility-geometric-9/1",
     formula="harmonic mean of {prob, ROUGE-L recall, truth ratio (true_better)} x {retain, real authors, world facts}",
     direction="higher is better; compare with the original and the reference",
-    source="TOFU (Maini et al. 2024), section 2.2.1; geometric: aggregate_eval_stat.py, arithmetic: paper, utils.py",
+    source="TOFU (Maini et al. 2024); geometric: aggregate_eval_stat.py, arithmetic: paper, utils.py",
 )
 def model_utility(
     sets: Mapping[str, TofuSet],
