@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from expunge.data.samples import Sample
 from expunge.errors import UserError
-from expunge.methods.cluster.kfac import Factor
+from expunge.methods.cluster.kfac import Factor, clip_scale
 from expunge.methods.cluster.layers import Layer, output_gradients, recorded
 from expunge.methods.cluster.tokens import Gathered, TokenTable, forward, passes, placed_calls
 from expunge.models.adapter import Adapter
@@ -209,20 +209,20 @@ def leave_cluster_out(
     labels: np.ndarray,
     clusters: int,
     *,
-    step: float = 1e-2,
+    clip: float = 1e-4,
     max_tokens: int = 4096,
 ) -> LeaveOut:
-    """Validity check: does I_k rank the clusters by what leaving each out of one step θ - step·P really does?
+    """Validity check: does I_k rank the clusters by what leaving each out of one step θ - s·P really does?
 
-    Predicted: step · Σ_layers I_k. True: the objective after the step without the cluster minus that after the whole
-    step. The weights are put back. Costs K+1 passes and holds one gradient per layer and cluster: small models only.
+    s is at most 1 and keeps the predicted KL on the retain set at ``clip`` nats. Predicted: s · Σ_layers I_k. True:
+    the objective after the step without the cluster minus that after the whole step. The weights are put back.
+    Costs K+1 passes and holds one gradient per layer and cluster: small models only.
     """
     from scipy.stats import spearmanr
 
     influence = token_influence(model, adapter, samples, layers, factors, term, max_tokens=max_tokens)
     table = influence.table
     shares = cluster_shares(influence, labels, clusters)
-    predicted_K = step * sum(influence.totals.values()) * np.sum(list(shares.values()), axis=0)
     parts = {n: torch.zeros(clusters, *layer.shape, device=layer.weight.device) for n, layer in layers.items()}
     for group, name, x_MI, d_MO, row_M, col_M in _token_passes(model, adapter, samples, layers, term, max_tokens):
         grid = table.grid(labels, group, int(col_M.max()) + 1)
@@ -232,6 +232,8 @@ def leave_cluster_out(
             parts[name][cluster].addmm_(d_MO[mine].T, x_MI[mine])
     moves = {n: torch.stack([factors[n].precondition(g) for g in part_KOI]) for n, part_KOI in parts.items()}
     before = {n: layer.weight.detach().clone() for n, layer in layers.items()}
+    step, _ = clip_scale({n: move_KOI.sum(0) for n, move_KOI in moves.items()}, factors, clip)
+    predicted_K = step * sum(influence.totals.values()) * np.sum(list(shares.values()), axis=0)
 
     def after(left_out: int | None) -> float:
         with torch.no_grad():

@@ -82,8 +82,10 @@ class Factor:
         solved: Tensor = torch.linalg.solve_triangular(self.input_root.T, left.T, upper=True).T
         return solved
 
-    def quadratic(self, step_OI: Tensor) -> float:
-        """ΔᵀFΔ = <S Δ A, Δ>, without damping; half of it is the predicted KL per target, nats."""
+    def quadratic(self, step_OI: Tensor, damped: bool = False) -> float:
+        """ΔᵀFΔ = <S Δ A, Δ>, or Δᵀ(F + γ)Δ; half of it is the predicted KL per target, nats."""
+        if damped:
+            return float((self.output_root.T @ step_OI @ self.input_root).square().sum())
         return float(((self.output_OO @ step_OI @ self.input_II) * step_OI).sum())
 
 
@@ -191,8 +193,12 @@ def kfac_factors(
 
 
 def clip_scale(steps: Mapping[str, Tensor], factors: Mapping[str, Factor], clip: float) -> tuple[float, float]:
-    """(scale ≤ 1, predicted KL after scaling): the scale keeps ½ Σ ΔᵀFΔ over all layers at most ``clip`` nats."""
-    predicted = 0.5 * sum(factors[name].quadratic(step_OI) for name, step_OI in steps.items())
+    """(scale ≤ 1, predicted KL after scaling) such that ½ Σ Δᵀ(F + γ)Δ over all layers is at most ``clip`` nats.
+
+    The damped metric bounds ½ ΔᵀFΔ from above. The undamped one would let a step run far along directions in which
+    the few samples behind the factors show no curvature at all.
+    """
+    predicted = 0.5 * sum(factors[name].quadratic(step_OI, damped=True) for name, step_OI in steps.items())
     scale = min(1.0, (clip / predicted) ** 0.5) if predicted > 0 else 1.0
     return scale, predicted * scale**2
 

@@ -17,7 +17,7 @@ from expunge.methods.cluster.lowrank import low_rank_direction
 class KFACOptimizer(torch.optim.Optimizer):
     """Δ = -lr · scale · P_r(m): m the momentum sum of gradients, P_r the rank-limited (F + γ)⁻¹.
 
-    ``scale`` ≤ 1 keeps the predicted KL on the retain set, ½ Σ_layers ΔᵀFΔ, at or below ``kl_clip`` nats per target.
+    ``scale`` ≤ 1 keeps the predicted KL on the retain set, ½ Σ_layers Δᵀ(F + γ)Δ, at most ``kl_clip`` nats per target.
     ``refresh(step)`` gives fresh retain factors before steps 0, ``refresh_every``, 2·``refresh_every``, …
     ``others`` (biases, norms, …) take AdamW steps at ``other_lr``.
 
