@@ -10,26 +10,27 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.conftest import shared
 
+from conftest import shared
 from expunge.data.carve import Sizes, carve
 from expunge.data.medical import DECISIONS
 from expunge.data.registry import load_dataset
 from expunge.data.samples import ROLES, Dataset, Sample, subjects
-from expunge.data.webtext import passages_of
+from expunge.data.webtext import passages_of, read_wikitext
 from expunge.errors import UserError
 
 FOLDERS = {"webtext": "webtext_demo", "medical": "pubmedqa", "legal": "mmlu_professional_law", "code": "mbpp"}
 
 
 def load(name: str, **options: object) -> Dataset:
-    folder = "humaneval" if options.get("source") == "humaneval" else FOLDERS[name]
+    folder = {"humaneval": "humaneval", "wikitext": "wikitext2"}.get(str(options.get("source")), FOLDERS[name])
     return load_dataset(name, data_dir=shared(f"data/{folder}"), options=options)
 
 
 CASES: list[tuple[str, dict[str, object]]] = [
     ("webtext", {}),
     ("webtext", {"source": "wiki", "private": 15, "holdout": 8, "utility": 7, "passages": 20}),
+    ("webtext", {"source": "wikitext", "private": 60, "holdout": 30, "utility": 30}),
     ("medical", {}),
     ("medical", {"form": "decision", "context": True}),
     ("medical", {"form": "document"}),
@@ -69,6 +70,15 @@ def test_wiki_titles_are_names() -> None:
     titled = [name for name in subjects(data.private) if not name.startswith("page ")]
     assert {"Anarchism", "Autism", "Alabama", "Aristotle", "Abraham Lincoln", "Apollo"} <= set(titled)
     assert all(sample.names in ((), (sample.subject,)) for sample in data.private)
+
+
+def test_wikitext_articles() -> None:
+    for part in ("valid", "test"):
+        pages = read_wikitext(shared("data/wikitext2") / f"{part}.txt")
+        assert len(pages) == 60  # Merity et al. 2016, table 1
+    text = dict(pages)["Du Fu"]
+    assert "= =" not in text and " ," not in text and "@-@" not in text
+    assert load("webtext", source="wikitext", private=120, holdout=0, utility=0)["forget"]
 
 
 @given(st.text("ab. !\n", max_size=400), st.integers(1, 30), st.integers(1, 5))

@@ -16,6 +16,8 @@ from expunge.options import option
 
 HUB = "Skylion007/openwebtext"
 SHORTEST = 20  # words; the rest of a page below this is not a sample of its own
+PAGE = re.compile(r"page \d{5}")  # a page without a title
+HEADING = re.compile(r"(=(?: =)*) ([^=].*[^=]|[^=]) \1")
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)]*\s+|\n+")
 
 
@@ -23,7 +25,11 @@ SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)]*\s+|\n+")
 class WebtextOptions(Sizes):
     """Sizes count pages."""
 
-    source: str = option("c4", "local file: c4 (c4_demo.jsonl) or wiki (wiki_demo.txt)", choices=("c4", "wiki"))
+    source: str = option(
+        "c4",
+        "local file: c4 (c4_demo.jsonl), wiki (wiki_demo.txt) or wikitext (WikiText-2's valid.txt and test.txt)",
+        choices=("c4", "wiki", "wikitext"),
+    )
     passage_words: int = option(100, "pages are cut at sentence ends into passages of about this many words")
     passages: int = option(2, "at most this many passages of each page, from its beginning")
     hub: str = option(HUB, "hub dataset with a column 'text', used without --data-dir")
@@ -57,6 +63,30 @@ def title_of(text: str) -> str:
     return head if named and len(re.findall(rf"\b{re.escape(head)}\b", text)) >= 3 else ""
 
 
+def read_wikitext(path: Path) -> list[tuple[str, str]]:
+    """(title, text) of each article of a WikiText file; headings of sections are left out, spacing is mended.
+
+    A line `` = Title = `` that stands between empty lines begins an article; sections have two or more signs.
+    """
+    pages: list[tuple[str, list[str]]] = []
+    lines = ["", *(line.strip() for line in path.read_text(encoding="utf-8").split("\n")), ""]
+    for before, line, after in zip(lines, lines[1:], lines[2:], strict=False):
+        heading = HEADING.fullmatch(line)
+        if heading and len(heading[1]) == 1 and not before and not after:
+            pages.append((_mended(heading[2]), []))
+        elif line and not heading and pages:
+            pages[-1][1].append(_mended(line))
+    return [(title, "\n".join(text)) for title, text in pages]
+
+
+def _mended(text: str) -> str:
+    """WikiText separates its tokens by blanks and marks joined signs as @-@, @,@ and @.@."""
+    text = re.sub(r" @([-,.])@ ", r"\1", text)
+    text = re.sub(r" ([,.;:!?)\]}%]|'s\b|n't\b)", r"\1", text)
+    text = re.sub(r"([(\[{]) ", r"\1", text)
+    return re.sub(r"\" ([^\"]*) \"", r'"\1"', text)
+
+
 def read_pages(options: WebtextOptions, data_dir: Path | None) -> list[tuple[str, str]]:
     """(page name, text) of every page; the title where there is one.
 
@@ -70,6 +100,11 @@ def read_pages(options: WebtextOptions, data_dir: Path | None) -> list[tuple[str
         if any(not isinstance(row.get("text"), str) for row in rows):
             raise UserError(f"the hub dataset '{options.hub}' has no column 'text': choose another with option hub.")
         return [(f"page {number:05d}", row["text"]) for number, row in enumerate(rows)]
+    if options.source == "wikitext":
+        paths = [local_file(data_dir, (part,), "webtext") for part in ("valid.txt", "test.txt")]
+        articles = [article for path in paths for article in read_wikitext(path)]
+        known = [title if "<unk>" not in title else f"page {n:05d}" for n, (title, _) in enumerate(articles)]
+        return [(title, text) for title, (_, text) in zip(known, articles, strict=True)]
     name = "c4_demo.jsonl" if options.source == "c4" else "wiki_demo.txt"
     path = local_file(data_dir, (name,), "webtext")
     pages: list[tuple[str, str]] = []
@@ -93,8 +128,8 @@ def read_pages(options: WebtextOptions, data_dir: Path | None) -> list[tuple[str
     name="webtext",
     options=WebtextOptions,
     summary="web pages or encyclopaedia articles, cut into passages",
-    origin=f"local c4_demo.jsonl or wiki_demo.txt; hub: {HUB}",
-    licence="C4: ODC-By; Wikipedia: CC BY-SA; OpenWebText: CC0 for the packaging, pages belong to their authors",
+    origin=f"local c4_demo.jsonl, wiki_demo.txt or WikiText-2; hub: {HUB}",
+    licence="C4: ODC-By; Wikipedia and WikiText: CC BY-SA; OpenWebText: CC0 packaging, pages of their authors",
 )
 def load(options: WebtextOptions, *, data_dir: Path | None, seed: int) -> Dataset:
     """Passages of pages in roles by page. ``seed`` is not used; ``split_seed`` chooses the pages."""
@@ -103,7 +138,7 @@ def load(options: WebtextOptions, *, data_dir: Path | None, seed: int) -> Datase
     samples: list[Sample] = []
     seen: set[str] = set()
     for number, (name, text) in enumerate(read_pages(options, data_dir)):
-        titled = not name.startswith("page ")
+        titled = PAGE.fullmatch(name) is None
         for part, passage in enumerate(passages_of(text, options.passage_words, options.passages)):
             if passage not in seen:  # boilerplate that several pages share must not stand in two roles
                 seen.add(passage)
