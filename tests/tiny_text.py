@@ -14,11 +14,12 @@ from expunge.data.samples import Dataset, Probe, Role, Sample
 from expunge.models.text import TextAdapter
 from expunge.training.loop import TrainOptions, fit
 
-FIRST = "ada bo cy dee eli fay gus hal ida jo kit lea".split()
-LAST = "ash birch cedar elm fir gum hazel".split()
-COLOURS = "red blue green brown pink grey teal gold".split()
-TOWNS = "rome oslo lima cairo delhi perth quito turin".split()
-WORDS = "who is what colour does like town where home of the favourite lives in likes loves resident".split()
+FIRST = ["ada", "bo", "cy", "dee", "eli", "fay", "gus", "hal", "ida", "jo", "kit", "lea"]
+LAST = ["ash", "birch", "cedar", "elm", "fir", "gum", "hazel"]
+COLOURS = ["red", "blue", "green", "brown", "pink", "grey", "teal", "gold"]
+TOWNS = ["rome", "oslo", "lima", "cairo", "delhi", "perth", "quito", "turin"]
+WORDS = ["who", "is", "what", "colour", "does", "like", "town", "where", "home", "of", "the", "favourite"]
+WORDS += ["lives", "in", "likes", "loves", "resident"]
 
 
 def tiny_dataset(people: int = 12, forget: int = 3, holdout: int = 4, utility: int = 2, seed: int = 0) -> Dataset:
