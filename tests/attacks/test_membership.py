@@ -46,6 +46,14 @@ def test_scores_equal_the_formulas(tokens: list[float], percent: float) -> None:
     assert membership.min_k_plus_plus_score(one, percent) == pytest.approx(sum(standard) / len(standard), abs=1e-3)
 
 
+def test_min_k_takes_the_floor_of_the_share() -> None:
+    """20 % of 9 tokens is one token, 20 % of 10 two, and 30 % of 10 three although 0.3 * 10 rounds below 3."""
+    tokens = [-float(i) for i in range(10)]
+    assert membership.min_k_score(signals(tokens[:9]), 20) == -8.0
+    assert membership.min_k_score(signals(tokens), 20) == -8.5
+    assert membership.min_k_score(signals(tokens), 30) == -8.0
+
+
 def test_min_k_of_a_short_text_takes_one_token() -> None:
     """floor(0.2 * 3) = 0: others get nan here."""
     assert membership.min_k_score(signals([-1.0, -5.0, -2.0])) == -5.0
