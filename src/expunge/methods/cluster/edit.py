@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,15 +14,20 @@ from torch import Tensor, nn
 
 from expunge.data.samples import Sample
 from expunge.methods.cluster.options import ClusterOptions
-from expunge.methods.cluster.targets import Targets, js_and_reverse_kl
+from expunge.methods.cluster.targets import Divergence, Targets
 from expunge.models.adapter import Adapter, evaluating
 from expunge.training.batching import Stream
-from expunge.training.loop import Trainer
+from expunge.training.loop import Trainer, TrainOptions, fit
 from expunge.training.terms import Teacher, Term, View, kl_C, nll_N
 
 CONTROL_SAMPLES = 40  # never-seen samples that one measurement of the loop reads
 SHIFT_LIMIT = 6.0  # nats
 CONTROL_FROM = 0.2  # share of the steps before the loop closes
+
+
+def divergence(options: ClusterOptions) -> Divergence:
+    """The forget objective that the options ask for."""
+    return Divergence(options.js, options.reverse, options.forward, options.match)
 
 
 def mean_losses(model: nn.Module, adapter: Adapter, samples: Sequence[Sample]) -> list[float]:
@@ -96,6 +102,7 @@ class Edit:
     options: ClusterOptions
     targets: Targets
     teacher: Teacher | None
+    forget: Sequence[Sample]
     retain: Sequence[Sample]
     unseen: Sequence[Sample]
     plan: EditPlan
@@ -119,20 +126,16 @@ class Edit:
         return self.teacher.compare(view, kl_C)
 
     def _forget_N(self, view: View) -> Tensor:
-        options = self.options
-
-        def value(log_p_CV: Tensor, log_q_CV: Tensor) -> Tensor:
-            return js_and_reverse_kl(log_p_CV, log_q_CV, options.js, options.reverse, options.forward)
-
-        positions = view.positions
         with torch.no_grad():
             view.log_prob_N()  # for the loop's log, which the control reads
-        return self.targets.compare(positions.per_token, view.samples, value, positions.hidden_ND.device)
+        return self.targets.compare(view, divergence(self.options))
 
     # -- callbacks of the loop -----------------------------------------------------------------------------------
 
     def compute(self, trainer: Trainer, picks: Mapping[str, Sequence[int]]) -> dict[str, float]:
         """Gradients of one step; every other forget step also withstands a relearning step (hardening)."""
+        if trainer.step in self.negation_steps():
+            self._negate(trainer)
         self.targets.shift = float(self.memory.get("shift", 0.0))
         if self.memory.get("unseen_loss") is None and self.unseen and self.options.control:
             self._measure(trainer)
@@ -170,6 +173,33 @@ class Edit:
                         p.copy_(trainer.tensors[name])
         if step == self.plan.steps and self.project is not None:
             self.project(True)
+
+    def negation_steps(self) -> set[int]:
+        """Evenly from the first step to the beginning of healing."""
+        return {int(s) for s in np.linspace(0, self.plan.healing, self.options.negations)}
+
+    def _negate(self, trainer: Trainer) -> None:
+        """A copy learns some forget samples again; the weights move against its change (cf. task vectors, Ilharco
+        et al. 2023): what a relearner would find first is taken away first."""
+        options = self.options
+        rng = np.random.default_rng([self.plan.seed, 11, trainer.step])
+        count = max(1, round(options.negation_share * len(self.forget)))
+        some = [self.forget[int(i)] for i in rng.permutation(len(self.forget))[:count]]
+        learner = copy.deepcopy(trainer.model)
+        settings = TrainOptions(
+            epochs=1,
+            batch_size=4,
+            learning_rate=options.negation_rate,
+            other_learning_rate=options.negation_rate / 6,
+            optimizer="muon",
+            micro_tokens=options.micro_tokens,
+            precision=options.precision,
+        )
+        fit(learner, self.adapter, some, settings, seed=self.plan.seed + trainer.step, name="negation")
+        with torch.no_grad():
+            for p, learnt in zip(trainer.model.parameters(), learner.parameters(), strict=True):
+                if p.requires_grad:
+                    p.add_(p - learnt, alpha=options.negation_scale)
 
     def _measure(self, trainer: Trainer) -> None:
         few = self.unseen[:: max(1, len(self.unseen) // CONTROL_SAMPLES)]

@@ -196,7 +196,8 @@ def clip_scale(steps: Mapping[str, Tensor], factors: Mapping[str, Factor], clip:
     """(scale ≤ 1, predicted KL after scaling) such that ½ Σ Δᵀ(F + γ)Δ over all layers is at most ``clip`` nats.
 
     The damped metric bounds ½ ΔᵀFΔ from above. The undamped one would let a step run far along directions in which
-    the few samples behind the factors show no curvature at all.
+    the few samples behind the factors show no curvature at all. Layers count as independent: steps of L layers that
+    pull the same way can cost up to L times this figure, so what a step really costs has to be measured.
     """
     predicted = 0.5 * sum(factors[name].quadratic(step_OI, damped=True) for name, step_OI in steps.items())
     scale = min(1.0, (clip / predicted) ** 0.5) if predicted > 0 else 1.0

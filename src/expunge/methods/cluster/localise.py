@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.data.samples import Sample
+from expunge.methods.cluster.edit import divergence
 from expunge.methods.cluster.influence import Influence, choose, cluster_shares, random_choice, token_influence
 from expunge.methods.cluster.kfac import Factor, kfac_factors, refresher
 from expunge.methods.cluster.layers import Layer, linear_layers, restricted_gradient
@@ -26,11 +27,11 @@ from expunge.methods.cluster.optimizer import KFACOptimizer
 from expunge.methods.cluster.options import ClusterOptions
 from expunge.methods.cluster.partition import Clustering, all_in_one, kmeans_groups, random_groups
 from expunge.methods.cluster.spectral import spectral_clustering
-from expunge.methods.cluster.targets import Targets, js_and_reverse_kl
+from expunge.methods.cluster.targets import Targets
 from expunge.methods.cluster.tokens import TokenTable, token_states
 from expunge.methods.registry import Context
 from expunge.models.adapter import Adapter
-from expunge.training.terms import Term, View
+from expunge.training.terms import Term
 
 FACTOR_SAMPLES = 64  # retain samples that one estimate of the curvature reads
 PROJECT_EVERY = 5  # steps between projections onto the allowed rank
@@ -176,14 +177,7 @@ def choose_scope(context: Context, options: ClusterOptions, targets: Targets) ->
     if unrestricted:
         return scope
 
-    def bounded(view: View) -> Tensor:
-        def value(log_p_CV: Tensor, log_q_CV: Tensor) -> Tensor:
-            return js_and_reverse_kl(log_p_CV, log_q_CV, options.js, options.reverse, options.forward)
-
-        positions = view.positions
-        return targets.compare(positions.per_token, view.samples, value, positions.hidden_ND.device)
-
-    term = Term("forget", "forget", "token", bounded)
+    term = Term("forget", "forget", "token", lambda view: targets.compare(view, divergence(options)))
     influence = token_influence(model, adapter, context.forget, layers, scope.factors, term)
     scope.number = {s.id: i for i, s in enumerate(context.forget)}
     scope.tables = influence.tables

@@ -12,8 +12,10 @@ No formal guarantee comes with an edit: what it reached must be measured.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ def proxy_weights(context: Context, options: ClusterOptions) -> State:
     model = context.base()
     settings = TrainOptions(
         epochs=options.proxy_epochs,
-        batch_size=8,
+        batch_size=4,
         learning_rate=options.proxy_rate,
         other_learning_rate=options.proxy_rate / 5,
         optimizer="muon",
@@ -94,70 +96,88 @@ def chosen_members(context: Context, options: ClusterOptions, has_proxy: bool) -
                 raise UserError("target member 'proxy' needs --base, retain samples and proxy_epochs above 0.")
         return names
     if has_proxy:
-        return ["proxy"]
+        return ["proxy", "blend"]
     if context.base is not None:
         return ["base", "counterfactual", "blend"]
     return ["counterfactual", "original"] if any(s.names for s in context.forget) else ["original"]
 
 
+@dataclass
+class Sources:
+    """Who can be asked about the forget samples, and what the answers are bounded by."""
+
+    context: Context
+    options: ClusterOptions
+    original: State
+    base: State | None
+    proxy: State | None
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.own = self.ask(self.original)
+        self.targets = [targets_n for _, targets_n in self.own]
+        self.anchor_state = self.proxy if self.proxy is not None else self.base
+        if self.anchor_state is not None:
+            self.anchor = self.ask(self.anchor_state)
+            self.caps = [log_nV.gather(1, t[:, None])[:, 0] for log_nV, t in self.anchor]
+            return
+        limit = self.options.cap
+        self.caps = [torch.full(t.shape, math.log(limit)) for t in self.targets]
+        capped = self.capped([log_nV for log_nV, _ in self.own])
+        self.anchor = list(zip(capped, self.targets, strict=True))
+        self.notes.append(
+            "no base was given: blind to what the original knew before the private data; true tokens are capped at "
+            f"{limit} and only never-seen text says how far is far enough"
+        )
+
+    def ask(self, state: State, other: State | None = None, share: float = 1.0) -> list[tuple[Tensor, Tensor]]:
+        """Log-probabilities and targets under given weights; the original's are put back."""
+        blend(self.context.model, state, other if other is not None else state, share)
+        found = log_probs(self.context.model, self.context.adapter, self.context.forget)
+        blend(self.context.model, self.original, self.original, 1.0)
+        return found
+
+    def capped(self, raw: Sequence[Tensor]) -> list[Tensor]:
+        return [cap_true_token(r, t, c) for r, t, c in zip(raw, self.targets, self.caps, strict=True)]
+
+    def member(self, name: str) -> list[Tensor] | None:
+        """Log-probabilities (n, V) of one member for each forget sample; None where it has nothing to say."""
+        if name == "proxy" or (name == "base" and self.proxy is None):
+            return [log_nV for log_nV, _ in self.anchor]
+        if name == "base":
+            assert self.base is not None
+            return [log_nV for log_nV, _ in self.ask(self.base)]
+        if name == "original":
+            return self.capped([log_nV for log_nV, _ in self.own])
+        if name == "blend":
+            if self.anchor_state is None:
+                raise UserError("target member 'blend' needs the base model: give --base, or leave it out.")
+            return self.capped([log_nV for log_nV, _ in self.ask(self.original, self.anchor_state, 0.5)])
+        context = self.context
+        known = [*context.unseen, *context.retain]
+        people = other_names(known, np.random.default_rng(context.seed), self.options.people)
+        if not people or not any(s.names for s in context.forget):
+            self.notes.append("no names of subjects are known: the counterfactual member is left out")
+            return None
+        return self.capped(counterfactual(context.model, context.adapter, context.forget, self.anchor, people))
+
+
 def build_targets(
     context: Context, options: ClusterOptions, original: State, base: State | None, proxy: State | None
 ) -> Targets:
-    """Evaluate the members on the forget samples and calibrate their ensemble on never-seen text."""
-    model, adapter, forget = context.model, context.adapter, context.forget
-    members = chosen_members(context, options, proxy is not None)
-    notes: list[str] = []
-    anchor_state = proxy if proxy is not None else base
-    own = log_probs(model, adapter, forget)  # the original's
-    targets_n = [t for _, t in own]
-    if anchor_state is not None:
-        blend(model, anchor_state, anchor_state, 1.0)
-        anchor = log_probs(model, adapter, forget)
-        caps = [log_nV.gather(1, t[:, None])[:, 0] for log_nV, t in anchor]
-        blend(model, original, original, 1.0)
-    else:
-        caps = [torch.full(t.shape, float(np.log(options.cap))) for t in targets_n]
-        anchor = [(cap_true_token(log_nV, t, c), t) for (log_nV, t), c in zip(own, caps, strict=True)]
-        notes.append(
-            "no base was given: blind to what the original knew before the private data; true tokens are capped at "
-            f"{options.cap} and only never-seen text says how far is far enough"
-        )
-    made: dict[str, list[Tensor]] = {}
-    for name in members:
-        if name == "proxy" or (name == "base" and proxy is None):
-            made[name] = [log_nV for log_nV, _ in anchor]
-        elif name == "base":
-            assert base is not None
-            blend(model, base, base, 1.0)
-            made[name] = [log_nV for log_nV, _ in log_probs(model, adapter, forget)]
-            blend(model, original, original, 1.0)
-        else:
-            if name == "original":
-                raw = [log_nV for log_nV, _ in own]
-            elif name == "blend":
-                if anchor_state is None:
-                    raise UserError("target member 'blend' needs the base model: give --base, or leave it out.")
-                blend(model, original, anchor_state, 0.5)
-                raw = [log_nV for log_nV, _ in log_probs(model, adapter, forget)]
-                blend(model, original, original, 1.0)
-            else:
-                people = other_names(
-                    [*context.unseen, *context.retain], np.random.default_rng(context.seed), options.people
-                )
-                if not people or not any(s.names for s in forget):
-                    notes.append("no names of subjects are known: the counterfactual member is left out")
-                    continue
-                raw = counterfactual(model, adapter, forget, anchor, people)
-            made[name] = [cap_true_token(r, t, c) for r, t, c in zip(raw, targets_n, caps, strict=True)]
-    if not made:
-        made["original"] = [cap_true_token(r, t, c) for (r, _), t, c in zip(own, targets_n, caps, strict=True)]
+    """Ask the members about the forget samples and calibrate their ensemble on never-seen text."""
+    sources = Sources(context, options, original, base, proxy)
+    asked = {name: sources.member(name) for name in chosen_members(context, options, proxy is not None)}
+    members = {name: found for name, found in asked.items() if found is not None}
+    if not members:
+        members["original"] = sources.capped([log_nV for log_nV, _ in sources.own])
     unseen_loss = None
     if context.unseen:
-        unseen_loss = float(np.mean(mean_losses(model, adapter, context.unseen)))
+        unseen_loss = float(np.mean(mean_losses(context.model, context.adapter, context.unseen)))
     else:
-        notes.append("no never-seen text was given (--holdout): neither targets nor the edit could be calibrated")
-    targets = ensemble(forget, made, targets_n, unseen_loss, options.sharpness)
-    targets.notes = [f"targets: {' + '.join(made)}", *notes, *targets.notes]
+        sources.notes.append("no never-seen text was given (--holdout): neither targets nor edit could be calibrated")
+    targets = ensemble(context.forget, members, sources.targets, unseen_loss, options.sharpness)
+    targets.notes = [f"targets: {' + '.join(members)}", *sources.notes, *targets.notes]
     return targets
 
 
@@ -195,7 +215,7 @@ def run(context: Context, options: ClusterOptions) -> Outcome:
         feeds["earlier"] = Feed(context.earlier)
     memory: dict[str, Any] = {}
     plan = EditPlan({r: f.lengths(adapter) for r, f in feeds.items()}, options, context.seed, memory)
-    edit = Edit(adapter, options, targets, teacher, context.retain, context.unseen, plan, memory)
+    edit = Edit(adapter, options, targets, teacher, context.forget, context.retain, context.unseen, plan, memory)
     with scope.frozen(model):
         edit.project = scope.projection(options)
         log = train(

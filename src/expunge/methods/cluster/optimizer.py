@@ -18,6 +18,8 @@ class KFACOptimizer(torch.optim.Optimizer):
     """Δ = -lr · scale · P_r(m): m the momentum sum of gradients, P_r the rank-limited (F + γ)⁻¹.
 
     ``scale`` ≤ 1 keeps the predicted KL on the retain set, ½ Σ_layers Δᵀ(F + γ)Δ, at most ``kl_clip`` nats per target.
+    ``max_change`` bounds each layer's step by that share of its norm (Frobenius): where units are dead or saturated the
+    curvature is next to nothing, and the quadratic model alone would allow steps larger than the weights.
     ``refresh(step)`` gives fresh retain factors before steps 0, ``refresh_every``, 2·``refresh_every``, …
     ``others`` (biases, norms, …) take AdamW steps at ``other_lr``.
 
@@ -35,6 +37,7 @@ class KFACOptimizer(torch.optim.Optimizer):
         kl_clip: float = 1e-3,
         rank: int | None = None,
         damping: float = 1e-2,
+        max_change: float = 0.1,
         refresh_every: int = 5,
         others: Sequence[nn.Parameter] = (),
         other_lr: float = 1e-4,
@@ -42,10 +45,10 @@ class KFACOptimizer(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        if lr <= 0 or kl_clip <= 0 or refresh_every < 1 or not 0 <= momentum < 1:
+        if lr <= 0 or kl_clip <= 0 or max_change <= 0 or refresh_every < 1 or not 0 <= momentum < 1:
             raise UserError(
-                f"lr {lr}, kl_clip {kl_clip}, refresh_every {refresh_every}, momentum {momentum} cannot be: rates are "
-                "above 0, refreshing is every 1 or more steps, momentum is in [0, 1)."
+                f"lr {lr}, kl_clip {kl_clip}, max_change {max_change}, refresh_every {refresh_every}, momentum {momentum} "
+                "cannot be: the first three are above 0, refreshing is every 1 or more steps, momentum is in [0, 1)."
             )
         if rank is not None and rank < 1:
             raise UserError(f"rank {rank} cannot be: give at least 1, or none for no limit.")
@@ -64,6 +67,7 @@ class KFACOptimizer(torch.optim.Optimizer):
             "momentum": momentum,
             "kl_clip": kl_clip,
             "rank": rank,
+            "max_change": max_change,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
@@ -98,7 +102,9 @@ class KFACOptimizer(torch.optim.Optimizer):
                 held = state.get("momentum")
                 grad_OI = grad_OI.clone() if held is None else group["momentum"] * held + grad_OI
                 state["momentum"] = grad_OI
-            steps[name] = group["lr"] * low_rank_direction(grad_OI, factor, group["rank"])
+            step_OI = group["lr"] * low_rank_direction(grad_OI, factor, group["rank"])
+            limit = group["max_change"] * _size(layer)
+            steps[name] = step_OI * min(1.0, limit / max(float(step_OI.norm()), 1e-30))
         scale, self.predicted_kl = clip_scale(steps, self._factors, group["kl_clip"])
         for name, step_OI in steps.items():
             layer = self.layers[name]
@@ -124,6 +130,11 @@ class KFACOptimizer(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(index, {}).items():
                 kept = value.detach().clone().to(parameter.device) if isinstance(value, Tensor) else value
                 self.state[parameter][key] = kept
+
+
+def _size(layer: Layer) -> float:
+    """Norm of the weight; for one that starts at 0 (as in LoRA) that of a small weight of its shape."""
+    return max(float(layer.weight.norm()), 0.1 * min(layer.shape) ** 0.5)
 
 
 def _adamw(group: dict[str, Any], states: Any) -> None:

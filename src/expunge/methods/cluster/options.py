@@ -24,16 +24,17 @@ class ClusterOptions(TrainOptions):
     retain_batch: int = option(4, "retain samples in one step", "measured")
     # what towards
     members: str = option("auto", "target ensemble, +-joined from base, proxy, counterfactual, blend, original")
-    proxy_epochs: float = option(1.0, "passes of a retraining from the base on retain only; 0 = none", "measured")
+    proxy_epochs: float = option(0.5, "passes of a retraining from the base on retain only; 0 = none", "measured")
     proxy_rate: float = option(1e-2, "its Muon learning rate", "measured")
     people: int = option(3, "other people that the counterfactual member asks about", "experiments: K = 3")
     sharpness: float | None = option(None, "exponent of the ensemble; calibrated on unseen texts if none")
     cap: float = option(0.02, "largest probability of a true token where no anchor bounds it (no base)")
     js: float = option(4.0, "weight of Jensen-Shannon(target, model)", "measured")
-    reverse: float = option(0.3, "weight of KL(model ‖ target)", "measured")
+    reverse: float = option(0.0, "weight of KL(model ‖ target); .3 without match", "measured")
     forward: float = option(0.0, "weight of KL(target ‖ model)")
+    match: float = option(0.3, "weight of |log p(y) - log q(y)| at the true token: holds membership", "measured")
     # from where
-    start: float = option(0.85, "starting weights: this share original, the rest proxy (or base)", "measured")
+    start: float = option(0.9, "starting weights: this share original, the rest proxy (or base)", "measured")
     # how
     optimizer: str = option("muon", "optimizer of the hidden matrices", "measured", OPTIMIZERS)
     learning_rate: float = option(4e-3, "peak learning rate of the hidden matrices", "measured")
@@ -61,9 +62,15 @@ class ClusterOptions(TrainOptions):
     worst: float = option(1.0, "share of the retain samples, the most damaged, that healing uses; 1 = all", "measured")
     average: float = option(0.15, "weights are averaged over this last share of the steps", "measured")
     # closed loop and hardening
-    control: float = option(
-        0.15, "gain of the loop that moves the forget loss to the never-seen loss; 0 = off", "measured"
+    negations: int = option(
+        7,
+        "times, until healing, that a copy relearns some forget samples and the weights move the other way",
+        "measured",
     )
+    negation_share: float = option(0.4, "share of the forget samples in one negation", "measured")
+    negation_rate: float = option(3e-3, "Muon rate of the copy", "measured")
+    negation_scale: float = option(2.0, "step against the copy's change, as a multiple of it", "measured")
+    control: float = option(0.0, "gain of the loop that moves the forget loss to the never-seen loss; 0 = off")
     control_every: int = option(15, "steps between measurements of the never-seen loss", "measured")
     harden: float = option(
         0.0, "radius of the relearning direction that every other forget step withstands", "experiments: 1e-3"

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from expunge.data.samples import Sample
 from expunge.models.adapter import Adapter, evaluating
+from expunge.training.terms import View
 
 KEPT = 4096  # entries of each distribution that are stored; the rest shares what is left evenly
 NEVER = -1e9
@@ -143,23 +144,17 @@ class Targets:
             log_CV = log_CV.scatter(1, targets_C[:, None], true_C1 - self.shift).log_softmax(1)
         return log_CV
 
-    def compare(
-        self,
-        positions_per_token: Callable[..., Tensor],
-        samples: Sequence[Sample],
-        value: Callable[[Tensor, Tensor], Tensor],
-        device: torch.device,
-    ) -> Tensor:
-        """``value(log_p_CV, log_q_CV) -> (C,)`` over the positions of ``samples``."""
-        parts = [self.kept[s.id] for s in samples]
-        kept = [torch.cat([p[i] for p in parts]).to(device) for i in range(3)]
+    def compare(self, view: View, value: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """``value(log_p_CV, log_q_CV, targets_C) -> (C,)`` over the positions of the view."""
+        parts = [self.kept[s.id] for s in view.samples]
+        kept = [torch.cat([p[i] for p in parts]).to(view.positions.hidden_ND.device) for i in range(3)]
 
         def both(logits_CV: Tensor, targets_C: Tensor, log_Ck: Tensor, index_Ck: Tensor, rest_C: Tensor) -> Tensor:
             with torch.no_grad():
                 log_q_CV = self.log_q_CV(log_Ck, index_Ck, rest_C, targets_C)
-            return value(logits_CV.log_softmax(1), log_q_CV)
+            return value(logits_CV.log_softmax(1), log_q_CV, targets_C)
 
-        return positions_per_token(both, *kept)
+        return view.positions.per_token(both, *kept)
 
 
 def ensemble(
@@ -207,17 +202,33 @@ def ensemble(
 # -- divergences between the model (p) and the target (q), per position ----------------------------------------------
 
 
-def js_and_reverse_kl(log_p_CV: Tensor, log_q_CV: Tensor, js: float, reverse: float, forward: float = 0.0) -> Tensor:
-    """js·JS(q, p) + reverse·KL(p ‖ q) + forward·KL(q ‖ p), nats, (C,)."""
-    total_C = log_p_CV.new_zeros(log_p_CV.shape[0])
-    p_CV, q_CV = log_p_CV.exp(), log_q_CV.exp()
-    if js:
-        middle_CV = torch.logaddexp(log_p_CV, log_q_CV) - math.log(2)
-        half_p = (p_CV * (log_p_CV - middle_CV)).sum(1)
-        half_q = (q_CV * (log_q_CV - middle_CV)).sum(1)
-        total_C = total_C + js * 0.5 * (half_p + half_q)
-    if reverse:
-        total_C = total_C + reverse * (p_CV * (log_p_CV - log_q_CV)).sum(1)
-    if forward:
-        total_C = total_C + forward * (q_CV * (log_q_CV - log_p_CV)).sum(1)
-    return total_C
+@dataclass(frozen=True)
+class Divergence:
+    """js·JS(q, p) + reverse·KL(p ‖ q) + forward·KL(q ‖ p) + match·|log p(y) - log q(y)|, nats per position.
+
+    The last term holds the true token's probability to the target's on a log scale, where membership is decided and
+    the bounded divergences are blind.
+    """
+
+    js: float
+    reverse: float = 0.0
+    forward: float = 0.0
+    match: float = 0.0
+
+    def __call__(self, log_p_CV: Tensor, log_q_CV: Tensor, targets_C: Tensor) -> Tensor:
+        """(C,) values from log-probabilities of the model (p) and the target (q)."""
+        total_C = log_p_CV.new_zeros(log_p_CV.shape[0])
+        p_CV, q_CV = log_p_CV.exp(), log_q_CV.exp()
+        if self.js:
+            middle_CV = torch.logaddexp(log_p_CV, log_q_CV) - math.log(2)
+            half_p = (p_CV * (log_p_CV - middle_CV)).sum(1)
+            half_q = (q_CV * (log_q_CV - middle_CV)).sum(1)
+            total_C = total_C + self.js * 0.5 * (half_p + half_q)
+        if self.reverse:
+            total_C = total_C + self.reverse * (p_CV * (log_p_CV - log_q_CV)).sum(1)
+        if self.forward:
+            total_C = total_C + self.forward * (q_CV * (log_q_CV - log_p_CV)).sum(1)
+        if self.match:
+            gap_C = (log_p_CV - log_q_CV).gather(1, targets_C[:, None])[:, 0]
+            total_C = total_C + self.match * gap_C.abs()
+        return total_C
