@@ -19,7 +19,7 @@ from torch import nn
 
 from expunge.bench.assess import assess
 from expunge.bench.desk import Desk, Original
-from expunge.bench.measuring import EvaluateOptions, Measured, take
+from expunge.bench.measuring import EvaluateOptions, Measured, distances_of, take
 from expunge.data.samples import Dataset
 from expunge.errors import UserError
 from expunge.metrics.divergence import per_sample
@@ -50,6 +50,9 @@ class Evaluation:
     def summary(self) -> dict[str, Any]:
         """As JSON, what later models need of the original: :func:`evaluate` takes it as ``original``."""
         return Original.of(self.measured).record()
+
+
+Start = Evaluation | Mapping[str, Any] | Literal["self"] | None  # the original: measured, read back, or this model
 
 
 @dataclass
@@ -98,6 +101,26 @@ class References:
         others = [m for i, m in enumerate(self.models) if i != number]
         return replace(self, models=others, pairs=list(self.pairs))
 
+    def evaluation(self, number: int, original: Start = None) -> Evaluation:
+        """Reference ``number`` compared with the others, from what was stored: nothing is run again.
+
+        Raises:
+            UserError: there is no such reference.
+        """
+        others = self.without(number)
+        own = self.models[number]
+        if len(others):
+            # Each was compared with the earlier ones only when it was added.
+            seen = {"forget": own.forget, "quantized": own.quantized}
+            samples = own.samples["forget"]
+            fresh = {
+                name: replace(part, tv=distances_of(part.store, self.adapter, samples, others.stores()))
+                for name, part in seen.items()
+                if part is not None and part.store is not None
+            }
+            own = replace(own, forget=fresh["forget"], quantized=fresh.get("quantized"))
+        return compare(own, others, original, self.options, self.seed)
+
 
 def evaluate(
     model: nn.Module,
@@ -105,7 +128,7 @@ def evaluate(
     dataset: Dataset,
     *,
     references: References | None = None,
-    original: Mapping[str, Any] | Literal["self"] | None = None,
+    original: Start = None,
     options: EvaluateOptions | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -114,8 +137,9 @@ def evaluate(
 
     Args:
         references: retrained models, measured on the same dataset. Without them everything relative is skipped. For
-            a reference itself, give :meth:`References.without`.
-        original: :meth:`Evaluation.summary` of the original; "self" if ``model`` is the original.
+            a reference itself see :meth:`References.evaluation`, or give :meth:`References.without`.
+        original: the evaluation of the original, or its :meth:`Evaluation.summary` as read from disk; "self" if
+            ``model`` is the original.
         options: the references' own when they are given.
         seed: of the bootstrap draws. Everything else is deterministic: relearning shows every model the same samples.
 
@@ -135,12 +159,25 @@ def evaluate(
     options = options.resolved()
     stores = references.stores() if references is not None else []
     measured = take(model, adapter, dataset, options, stores, progress)
+    return compare(measured, references, original, options, seed)
+
+
+def compare(
+    measured: Measured, references: References | None, original: Start, options: EvaluateOptions, seed: int
+) -> Evaluation:
+    """The metrics and rows of a model that was measured against the distributions of these references.
+
+    Raises:
+        UserError: the references were measured on other samples.
+    """
     others = [r.on_samples_of(measured) for r in references.models] if references is not None else []
     pairs = references.pairs if references is not None else []
-    if original == "self":
-        first: Original | None = Original.of(measured)
+    if isinstance(original, Evaluation):
+        first: Original | None = Original.of(original.measured)
+    elif isinstance(original, Mapping):
+        first = Original(original["loss"], original["tv"])
     else:
-        first = None if original is None else Original(original["loss"], original["tv"])
-    desk = Desk(measured, others, pairs, first, options, seed)
+        first = Original.of(measured) if original == "self" else None
+    desk = Desk(measured, others, pairs, first, options.resolved(), seed)
     rows = assess(desk)
     return Evaluation(desk.metrics, rows, desk.skipped, measured.without_store())

@@ -103,7 +103,8 @@ class Measured:
 
     def without_store(self) -> Measured:
         """The same without the stored distributions, which only references need."""
-        return replace(self, forget=replace(self.forget, store=None))
+        attacked = None if self.quantized is None else replace(self.quantized, store=None)
+        return replace(self, forget=replace(self.forget, store=None), quantized=attacked)
 
     def on_samples_of(self, other: Measured) -> Measured:
         """The part of this that was measured on the other's samples, in their order.
@@ -199,6 +200,19 @@ def forget_pass(
     finally:
         store.head.module.cpu()
     return Pass(signals, distances or [np.zeros((len(s), 0), dtype=np.float32) for s in signals], store)
+
+
+def distances_of(
+    store: TokenDistributions, adapter: Adapter, samples: Sequence[Sample], others: Sequence[TokenDistributions]
+) -> list[NDArray[np.float32]]:
+    """Total variation between stored distributions, (L, R) per sample; on the GPU if there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    store.head.module.to(device)
+    try:
+        replay = Replay(inner=adapter, store=store, device=device)
+        return total_variation(nn.Linear(1, 1, device=device), replay, samples, others)
+    finally:
+        store.head.module.cpu()
 
 
 @dataclass
@@ -322,8 +336,7 @@ def _quantization(
         found.skipped["quant"] = "quantization was not asked for (quantize_bits=0)"
         return
     rounded = quantized(model, options.quantize_bits)
-    seen = forget_pass(rounded, adapter, found.samples["forget"], stores, options.max_tokens)
-    found.quantized = replace(seen, store=None)
+    found.quantized = forget_pass(rounded, adapter, found.samples["forget"], stores, options.max_tokens)
     roles: tuple[Role, ...] = ("retain", "holdout")
     for role in roles:
         if role in found.samples:
