@@ -248,7 +248,14 @@ def forget_tokenizer(folder: Path) -> None:
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda f: (f / "config.json").unlink(), "it has no config.json"),
     "no model type": (lambda f: edit(f / "config.json", model_type=None), "has no model_type"),
-    "strange model type": (lambda f: edit(f / "config.json", model_type="lama", architectures=None), "is a lama"),
+    "strange model type": (
+        lambda f: edit(f / "config.json", model_type="lama", architectures=None),
+        "did you mean 'llama'",
+    ),
+    "own code": (
+        lambda f: edit(f / "config.json", model_type="mine", auto_map={"AutoConfig": "code.Config"}),
+        "needs code from its own folder, which is never run",
+    ),
     "an encoder": (lambda f: edit(f / "config.json", architectures=["BertModel"]), "is a BertModel: supported are"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "not readable JSON"),
     "config a list": (lambda f: (f / "config.json").write_text("[]"), "no JSON object"),
@@ -263,7 +270,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut data": (lambda f: truncate(f, -1), "is damaged"),
     "not safetensors": (lambda f: (f / "model.safetensors").write_bytes(b"\x02" + b"\0" * 7 + b"{}xx"), "is damaged"),
     "missing tensor": (lambda f: drop_tensor(f, "down_proj.weight"), r"lack 2 tensor\(s\)"),
-    "other shape": (lambda f: edit(f / "config.json", intermediate_size=40), "cannot be loaded|another shape"),
+    "other shape": (lambda f: edit(f / "config.json", intermediate_size=40), r"6 tensor\(s\) .* have another shape"),
     "more layers": (lambda f: edit(f / "config.json", num_hidden_layers=3), "lack 9 tensor"),
     "no tokenizer": (forget_tokenizer, "has no tokenizer"),
     "broken tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer in .* cannot be loaded"),

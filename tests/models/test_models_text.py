@@ -278,3 +278,17 @@ def test_other_architectures(name: str) -> None:
             alone = adapter.positions(model, [sample]).log_prob_N()
             torch.testing.assert_close(together.log_prob_N()[together.sample_N == row], alone, atol=1e-5, rtol=0)
     assert adapter.generate(model, QA[:3], 6) == [adapter.generate(model, [s], 6)[0] for s in QA[:3]]
+
+
+def test_a_tokenizer_that_adds_its_own_eos_ends_the_sample_once() -> None:
+    from tokenizers import processors
+
+    tokenizer = tokenizer_of("bpe")
+    ends = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=ends
+    )
+    for sample in QA:
+        ids = TextAdapter(tokenizer=tokenizer).encode(sample).ids
+        assert ids == TextAdapter(tokenizer=tokenizer_of("bpe")).encode(sample).ids
+        assert ids.count(tokenizer.eos_token_id) == 1

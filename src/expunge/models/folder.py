@@ -191,6 +191,17 @@ def modality_of(config: Mapping[str, Any], path: Path) -> Modality:
     built = str((config.get("architectures") or [""])[0])
     if kind in LLAVA_TYPES:
         return "multimodal"
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if kind not in CONFIG_MAPPING_NAMES:
+        if "auto_map" in config:
+            raise UserError(
+                f"'{path}' (model type '{kind}') needs code from its own folder, which is never run: use a model that "
+                "transformers knows itself."
+            )
+        near = difflib.get_close_matches(kind, list(CONFIG_MAPPING_NAMES), n=1)
+        hint = f" did you mean '{near[0]}'?" if near else " a newer transformers may know it."
+        raise UserError(f"'{path / 'config.json'}' has model_type '{kind}', which transformers does not know:{hint}")
     if built.endswith("ForImageClassification") or config.get("small_stem"):
         return "classifier"
     if "vision_config" in config or "audio_config" in config:
@@ -225,4 +236,4 @@ def check_tokenizer_files(path: Path) -> None:
 def first_line(error: BaseException) -> str:
     """The first line of a library's message, to be quoted inside a sentence."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return text[:160].rstrip(".: ")
+    return text.split(". ")[0][:160].rstrip(".!: ")

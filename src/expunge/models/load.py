@@ -154,7 +154,12 @@ def _weights(folder: ModelFolder, dtype: torch.dtype | None) -> nn.Module:
         "classifier": AutoModelForImageClassification,
         "multimodal": AutoModelForImageTextToText,
     }[folder.modality]
-    options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
+    options: dict[str, Any] = {
+        "dtype": dtype or "auto",
+        "use_safetensors": True,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # so that they are listed, and refused below by name
+    }
     try:
         with quiet():
             if folder.config.get("small_stem"):
