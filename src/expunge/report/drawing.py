@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#59636e", "#d8dde3", "#ffffff"
 SERIES = ("#0b6fa4", "#c2500a", "#1b7f5c", "#a03c8c", "#8a6a00", "#4a55c7", "#b3203a", "#56691f")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X", "h")
+MARKERS = ("o", "s", "D", "^", "v", "p", "<", ">")  # crosses and stars are for controls and anchors
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 # The same colours as custom properties of the page, so that an embedded figure follows light and dark
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} | {
@@ -113,8 +113,8 @@ def to_inline(svg: str, name: str, label: str) -> str:
     return f'<svg role="img" aria-label="{label}" {kept.group()}' + svg[svg.index(">") :]
 
 
-_ANGLES = [math.radians(a) for a in (0, 180, 90, 270, 45, 315, 135, 225)]
-_RADII = (7.0, 13.0, 21.0, 31.0, 43.0, 57.0, 75.0)
+_ANGLES = [math.radians(a) for a in (45, 315, 135, 225, 0, 180, 90, 270)]
+_RADII = (6.0, 9.0, 14.0, 21.0, 31.0, 43.0, 57.0, 75.0)
 
 
 def _area(one: Bbox, other: Bbox) -> float:
@@ -124,12 +124,17 @@ def _area(one: Bbox, other: Bbox) -> float:
 
 
 def label_points(
-    axes: Axes, points: Sequence[tuple[float, float]], texts: Sequence[str], colours: Sequence[str]
+    axes: Axes,
+    points: Sequence[tuple[float, float]],
+    texts: Sequence[str],
+    colours: Sequence[str],
+    bars: Sequence[tuple[float, float, float, float]] = (),
 ) -> list[Bbox]:
-    """Write ``texts`` beside ``points`` (data coordinates) so that none covers another label or a point.
+    """Write ``texts`` beside ``points`` (data coordinates) so that none covers another label, a point or a bar.
 
-    Points that fall on one another share one label. Greedy, the most crowded first; a label that had to move away
-    gets a thin line to its point. Returns the boxes in pixels. Call it when limits and layout are final.
+    ``bars`` are lines ``(x0, y0, x1, y1)`` in data coordinates. Points that fall on one another share one label.
+    Greedy, the most crowded first; a label that had to move away gets a thin line to its point. Returns the boxes in
+    pixels. Call it when limits and layout are final.
     """
     from matplotlib.transforms import Bbox
 
@@ -140,6 +145,9 @@ def label_points(
     merged = _merge([tuple(axes.transData.transform(p)) for p in points], texts, colours, 4.0 * scale)
     frame = axes.get_window_extent(renderer)
     dots = [Bbox.from_extents(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y, _, _ in merged]
+    for x0, y0, x1, y1 in bars:
+        (left, bottom), (right, top) = axes.transData.transform([(x0, y0), (x1, y1)])
+        dots.append(Bbox.from_extents(left - scale, bottom - scale, right + scale, top + scale))
 
     def crowding(item: tuple[float, float, str, str]) -> float:
         return -sum(1 / (10 + math.dist(item[:2], other[:2])) for other in merged)

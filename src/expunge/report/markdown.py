@@ -1,0 +1,108 @@
+"""results.md: the report's tables as Markdown; every number with its interval, n and seeds."""
+
+from __future__ import annotations
+
+from expunge.report.checks import warnings
+from expunge.report.schema import Measure
+from expunge.report.tables import GROUP_TITLES, Table, board, definitions, ran, study_table, verdict_table
+from expunge.report.view import View
+from expunge.report.wording import evidence, headline, paragraph
+
+
+def plain(value: float) -> str:
+    """Four significant digits, readable by ``float``.
+
+    >>> plain(0.123456), plain(101776.0)
+    ('0.1235', '1.018e+05')
+    """
+    return f"{value:.4g}"
+
+
+def cell(measure: Measure | None) -> str:
+    """``0.123 [0.11, 0.14] (n = 40, 3 seeds)``; a dash when missing."""
+    if measure is None or measure.value is None:
+        return "–"
+    text = plain(measure.value)
+    if measure.low is not None and measure.high is not None:
+        text += f" [{plain(measure.low)}, {plain(measure.high)}]"
+    said = evidence(measure)
+    return f"{text} ({said})" if said else text
+
+
+_SPECIAL = str.maketrans({c: f"\\{c}" for c in "\\`*_[]<>|#~"})
+
+
+def escape(text: object) -> str:
+    """Text as it is: nothing in it can become markup, a cell border or a new line.
+
+    >>> escape("a|b<i>")
+    'a\\\\|b\\\\<i\\\\>'
+    """
+    return " ".join(str(text).split()).translate(_SPECIAL)
+
+
+def grid(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * len(header),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
+
+
+def _table(table: Table, group: str | None = None) -> list[str]:
+    picked = [i for i, column in enumerate(table.columns) if group is None or column.group == group]
+    if not picked:
+        return []
+    header = ["method", *(f"{escape(table.columns[i].label)}<br>`{table.columns[i].key}`" for i in picked)]
+    rows = []
+    for line in table.lines:
+        name = escape(line.name) + (f" ({escape(line.tag)})" if line.tag and line.tag != line.name else "")
+        rows.append([name, *(cell(line.cells[i].measure) for i in picked)])
+    return grid(header, rows)
+
+
+def to_markdown(view: View) -> str:
+    """The whole of results.md."""
+    out = [f"# {escape(view.results.title or 'Results')}", "", escape(headline(view)), ""]
+    found = warnings(view)
+    if found:
+        out += ["## Warnings", "", *(f"- {escape(text)}" for text in found), ""]
+    out += ["## What was run", "", *grid(["", ""], [[word, escape(value)] for word, value in ran(view)])]
+    if view.ranked:
+        out += ["## Method by method", ""]
+        out += [f"- **{escape(entry.method)}**: {escape(paragraph(view, entry))}" for entry in view.ranked]
+        out.append("")
+    table = board(view, full=True)
+    if table.columns:
+        out += ["## Results", "", _HOW, ""]
+        for group, title in GROUP_TITLES.items():
+            part = _table(table, group)
+            out += [f"### {title}", "", *part] if part else []
+        declared = [[escape(line.name), escape("; ".join(line.flags))] for line in table.lines if line.flags]
+        out += ["### Declared properties", "", *grid(["method", "declared"], declared)] if declared else []
+    names, lines = verdict_table(view)
+    if lines:
+        rows = [[escape(line.method), *map(str, line.counts), str(line.total), cell(line.adequate)] for line in lines]
+        out += ["## Verdicts on the forget samples", ""]
+        out += grid(["method", *map(escape, names), "all", "share like retrained"], rows)
+    for study in ("sequential", "size"):
+        other = study_table(view, study)
+        out += [f"## {other.title}", "", *_table(other)] if other else []
+    formulas = definitions(view)
+    if formulas:
+        out += ["## Definitions", ""]
+        out += [
+            f"- `{key}` ({', '.join(f'`{name}`' for name in names.split(', '))}): "
+            + (escape(formula) if formula else "defined by the method or extension that wrote it.")
+            for key, names, formula in formulas
+        ]
+        out.append("")
+    return "\n".join(out)
+
+
+_HOW = (
+    "Value \\[95 % interval\\] (n samples, seeds). Forgetting and privacy are two-sided: the retrained model is the "
+    "target, not the smallest number. Gap closed = 1 − distance to the retrained model ÷ the original's distance; its "
+    "interval is that of the method, with original and retrained model taken as fixed."
+)

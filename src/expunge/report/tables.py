@@ -1,0 +1,233 @@
+"""The tables that page and Markdown share, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from expunge.report.catalogue import GROUPS, REQUEST, Metric, understand
+from expunge.report.samples import VERDICTS
+from expunge.report.schema import CONTROLS, Measure, Summary
+from expunge.report.view import View
+from expunge.report.wording import KIND_NAMES, cost_label, flags
+from expunge.stats import wilson
+
+GROUP_TITLES = {
+    "forgetting": "Forgetting",
+    "retention": "Retention",
+    "privacy": "Privacy",
+    "robustness": "Robustness",
+    "other": "Other",
+    "cost": "Cost",
+}
+LEADING = {"forgetting": 4, "retention": 3, "privacy": 2, "robustness": 2, "other": 2, "cost": 3}
+COSTS = ("share_of_retraining", "wall_s", "peak_mib", "cpu_s", "flops", "parameters_changed")
+
+
+@dataclass
+class Cell:
+    """A measured value. ``delta`` is signed to the retrained model; ``nearness`` 1 = there, 0 = as far as original."""
+
+    measure: Measure | None = None
+    delta: float | None = None
+    nearness: float | None = None
+    share: bool = False  # print as percent
+
+
+@dataclass
+class Column:
+    key: str
+    label: str
+    group: str
+    ideal: str | None = None
+    evidence: str = ""  # n and seeds, when they are the same in the whole column
+
+
+@dataclass
+class Line:
+    name: str
+    kind: str
+    tag: str
+    control: bool
+    flags: list[str] = field(default_factory=list)
+    cells: list[Cell] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Table:
+    title: str
+    columns: list[Column]
+    lines: list[Line]
+
+    def groups(self) -> list[tuple[str, int]]:
+        """Runs of columns with the same group: title and width."""
+        out: list[tuple[str, int]] = []
+        for column in self.columns:
+            title = GROUP_TITLES[column.group]
+            out = [*out[:-1], (title, out[-1][1] + 1)] if out and out[-1][0] == title else [*out, (title, 1)]
+        return out
+
+
+def _properties(view: View, entry: Summary) -> dict[str, Any]:
+    for row in view.results.rows:
+        if row.method == entry.method and row.properties:
+            return row.properties
+    return {}
+
+
+def _line(view: View, entry: Summary) -> Line:
+    tag = KIND_NAMES.get(entry.kind, entry.kind)
+    shown = flags(_properties(view, entry)) if entry.kind == "method" else []
+    return Line(entry.method, entry.kind, tag, entry.kind in CONTROLS, shown, [], entry.notes)
+
+
+def _cell(view: View, entry: Summary, metric: Metric) -> Cell:
+    measure = entry.metrics.get(metric.name)
+    if measure is None or measure.value is None:
+        return Cell()
+    gap = view.gap(entry, metric.name)
+    nearness = None if gap is None or gap.value is None else max(0.0, min(1.0, gap.value))
+    delta = view.delta(entry, metric.name) if metric.ideal == "reference" and entry.kind != "reference" else None
+    return Cell(measure, delta, nearness)
+
+
+def _shared_evidence(cells: Sequence[Cell]) -> str:
+    from expunge.report.wording import evidence
+
+    found = {evidence(cell.measure) for cell in cells if cell.measure is not None}
+    return found.pop() if len(found) == 1 else ""
+
+
+def board(view: View, full: bool = False) -> Table:
+    """The leaderboard: anchors, then methods and controls, closest to retraining first.
+
+    ``full`` takes every metric; otherwise the leading ones of each group, and the share of the gap closed.
+    """
+    entries = view.main
+    lines = [_line(view, entry) for entry in entries]
+    columns: list[Column] = []
+
+    def add(column: Column, cells: list[Cell]) -> None:
+        if any(cell.measure is not None for cell in cells):
+            column.evidence = _shared_evidence(cells)
+            columns.append(column)
+            for line, cell in zip(lines, cells, strict=True):
+                line.cells.append(cell)
+
+    if view.primary is not None:
+        gaps = [view.gap(entry, view.primary) for entry in entries]
+        label = f"gap closed ({understand(view.primary).label.replace(', forget', '')})"
+        near = [None if g is None or g.value is None else max(0.0, min(1.0, g.value)) for g in gaps]
+        cells = [Cell(g, None, n, share=True) for g, n in zip(gaps, near, strict=True)]
+        add(Column("gap", label, "forgetting", "high"), cells)
+    for group in GROUPS:
+        of_group = [metric for metric in view.metrics if metric.group == group]
+        for metric in of_group if full else of_group[: LEADING[group]]:
+            label = metric.label
+            add(Column(metric.name, label, group, metric.ideal), [_cell(view, entry, metric) for entry in entries])
+    here = {name for entry in entries for name in entry.cost}
+    costs = [name for name in COSTS if name in here] + sorted(here - set(COSTS))
+    for name in costs if full else costs[: LEADING["cost"]]:
+        cells = [
+            Cell(m if (m := e.cost.get(name)) and m.value is not None else None, share=name.startswith("share"))
+            for e in entries
+        ]
+        add(Column(f"cost.{name}", cost_label(name), "cost", "low"), cells)
+    return Table("Leaderboard", columns, lines)
+
+
+def study_table(view: View, study: str) -> Table | None:
+    """One line per method and position of the sequential or the size study, every metric."""
+    entries = [e for e in view.summary if e.study == study]
+    if not entries:
+        return None
+    names = {name for entry in entries for name in entry.metrics}
+    plain = sorted(name for name in names if not REQUEST.match(name))
+    numbered = sorted(
+        (name for name in names if REQUEST.match(name)), key=lambda n: (n.rpartition("_")[0], int(n.rpartition("_")[2]))
+    )
+    word = "after request" if study == "sequential" else "size"
+    order = {entry.method: i for i, entry in reversed(list(enumerate(view.main)))}
+    lines = []
+    for entry in sorted(entries, key=lambda e: (order.get(e.method, len(order)), e.method, e.position or 0)):
+        line = _line(view, entry)
+        line.flags, line.tag = [], f"{word} {entry.position}" if entry.position is not None else line.tag
+        line.cells = [
+            Cell(m if (m := entry.metrics.get(n)) and m.value is not None else None) for n in plain + numbered
+        ]
+        lines.append(line)
+    columns = [Column(n, _request_label(n), understand(n).group) for n in plain + numbered]
+    for i, column in enumerate(columns):
+        column.evidence = _shared_evidence([line.cells[i] for line in lines])
+    title = "Sequence of requests" if study == "sequential" else "Size of the forget set"
+    return Table(title, columns, lines)
+
+
+def _request_label(name: str) -> str:
+    match = REQUEST.match(name)
+    return f"{understand(match['stem']).label}, request {match['number']}" if match else understand(name).label
+
+
+@dataclass
+class VerdictLine:
+    """Per-sample verdicts of one method: counts per verdict, and the share that is like retrained."""
+
+    method: str
+    control: bool
+    counts: list[int]
+    total: int
+    adequate: Measure
+
+
+def verdict_table(view: View) -> tuple[list[str], list[VerdictLine]]:
+    """Verdict names in order, and one line per method; empty when nothing was judged."""
+    others = {verdict for counts in view.verdicts.values() for verdict in counts} - set(VERDICTS)
+    names = [*VERDICTS, *sorted(others)]
+    lines = []
+    known = [entry.method for entry in view.main]
+    controls = {entry.method for entry in view.ranked if entry.kind in CONTROLS}
+    for method in [*(m for m in known if m in view.verdicts), *sorted(set(view.verdicts) - set(known))]:
+        counts = view.verdicts[method]
+        total = sum(counts.values())
+        share = wilson(counts.get("like-retrained", 0), total)
+        measure = Measure(value=share.value, low=share.low, high=share.high, n=total)
+        lines.append(VerdictLine(method, method in controls, [counts.get(n, 0) for n in names], total, measure))
+    return names, lines
+
+
+def definitions(view: View) -> list[tuple[str, str, str]]:
+    """Every definition in use: name, the metrics that follow it, formula; unknown formulas are left empty."""
+    used: dict[str, tuple[list[str], str]] = {}
+    for entry in view.summary:
+        for name, measure in entry.metrics.items():
+            match = REQUEST.match(name)
+            stem = match["stem"] if match else name
+            key = measure.definition or understand(stem).stem
+            names, _ = used.setdefault(key, ([], understand(stem).formula))
+            shown = f"{stem}.request_i" if match else name
+            if shown not in names:
+                names.append(shown)
+    return [(key, ", ".join(sorted(names)), formula) for key, (names, formula) in sorted(used.items())]
+
+
+def ran(view: View) -> list[tuple[str, str]]:
+    """What was run, as pairs of word and value; only what is known."""
+    r = view.results
+    samples = ", ".join(f"{role} {count}" for role, count in r.dataset.samples.items())
+    command = r.command if isinstance(r.command, str) else " ".join(r.command)
+    parameters = "" if r.model.parameters is None else f" ({r.model.parameters:,} parameters)".replace(",", " ")
+    pairs = [
+        ("Dataset", f"{r.dataset.name}{f' ({r.dataset.source})' if r.dataset.source else ''}"),
+        ("Samples", samples),
+        ("Modality", r.dataset.modality),
+        ("Data digest", r.dataset.digest),
+        ("Model", f"{r.model.name}{parameters}".strip()),
+        ("Seeds", ", ".join(map(str, r.seeds))),
+        ("Retrained models", str(r.references or len(view.rows(view.reference)) if view.reference else 0)),
+        ("Methods", ", ".join(entry.method for entry in view.methods)),
+        ("Command", command),
+        ("Created", r.created),
+    ]
+    return [(word, value) for word, value in pairs if value]
