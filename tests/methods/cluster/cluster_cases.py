@@ -73,13 +73,14 @@ class Convolutions(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.act = torch.tanh
         self.first = nn.Conv2d(3, 4, 3, stride=2, padding=1)
         self.second = nn.Conv2d(4, 5, 2, dilation=2)
         self.middle = nn.Linear(5, 6)
         self.classifier = nn.Linear(6, 3)
 
     def hidden(self, pixels: Tensor) -> Tensor:
-        pooled = torch.relu(self.second(torch.relu(self.first(pixels)))).mean((2, 3))
+        pooled = self.act(self.second(self.act(self.first(pixels)))).mean((2, 3))
         return torch.tanh(self.middle(pooled))
 
 

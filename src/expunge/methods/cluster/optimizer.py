@@ -47,8 +47,8 @@ class KFACOptimizer(torch.optim.Optimizer):
     ) -> None:
         if lr <= 0 or kl_clip <= 0 or max_change <= 0 or refresh_every < 1 or not 0 <= momentum < 1:
             raise UserError(
-                f"lr {lr}, kl_clip {kl_clip}, max_change {max_change}, refresh_every {refresh_every}, momentum {momentum} "
-                "cannot be: the first three are above 0, refreshing is every 1 or more steps, momentum is in [0, 1)."
+                f"lr {lr}, kl_clip {kl_clip}, max_change {max_change}, refresh_every {refresh_every} and momentum "
+                f"{momentum} cannot be: the first three are above 0, refreshing is every 1 or more steps, momentum is in [0, 1)."
             )
         if rank is not None and rank < 1:
             raise UserError(f"rank {rank} cannot be: give at least 1, or none for no limit.")
@@ -134,7 +134,8 @@ class KFACOptimizer(torch.optim.Optimizer):
 
 def _size(layer: Layer) -> float:
     """Norm of the weight; for one that starts at 0 (as in LoRA) that of a small weight of its shape."""
-    return max(float(layer.weight.norm()), 0.1 * min(layer.shape) ** 0.5)
+    floor: float = 0.1 * min(layer.shape) ** 0.5
+    return max(float(torch.linalg.vector_norm(layer.weight)), floor)
 
 
 def _adamw(group: dict[str, Any], states: Any) -> None:
