@@ -48,7 +48,7 @@ class KFACOptimizer(torch.optim.Optimizer):
         if lr <= 0 or kl_clip <= 0 or max_change <= 0 or refresh_every < 1 or not 0 <= momentum < 1:
             raise UserError(
                 f"lr {lr}, kl_clip {kl_clip}, max_change {max_change}, refresh_every {refresh_every} and momentum "
-                f"{momentum} cannot be: the first three are above 0, refreshing is every 1 or more steps, momentum is in [0, 1)."
+                f"{momentum} cannot be: the first three are above 0, the fourth at least 1, momentum in [0, 1)."
             )
         if rank is not None and rank < 1:
             raise UserError(f"rank {rank} cannot be: give at least 1, or none for no limit.")
