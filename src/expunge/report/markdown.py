@@ -41,6 +41,11 @@ def escape(text: object) -> str:
     return " ".join(str(text).split()).translate(_SPECIAL)
 
 
+def code(text: str) -> str:
+    """A name in code style; a grave accent in it would end that."""
+    return "`" + " ".join(text.replace("`", "'").replace("|", "\\|").split()) + "`"
+
+
 def grid(header: list[str], rows: list[list[str]]) -> list[str]:
     return [
         "| " + " | ".join(header) + " |",
@@ -54,7 +59,7 @@ def _table(table: Table, group: str | None = None) -> list[str]:
     picked = [i for i, column in enumerate(table.columns) if group is None or column.group == group]
     if not picked:
         return []
-    header = ["method", *(f"{escape(table.columns[i].label)}<br>`{table.columns[i].key}`" for i in picked)]
+    header = ["method", *(f"{escape(table.columns[i].label)}<br>{code(table.columns[i].key)}" for i in picked)]
     rows = []
     for line in table.lines:
         name = escape(line.name) + (f" ({escape(line.tag)})" if line.tag and line.tag != line.name else "")
@@ -93,7 +98,7 @@ def to_markdown(view: View) -> str:
     if formulas:
         out += ["## Definitions", ""]
         out += [
-            f"- `{key}` ({', '.join(f'`{name}`' for name in names.split(', '))}): "
+            f"- {code(key)} ({', '.join(code(name) for name in names.split(', '))}): "
             + (escape(formula) if formula else "defined by the method or extension that wrote it.")
             for key, names, formula in formulas
         ]

@@ -201,6 +201,13 @@ def training_curves(view: View) -> Chart | None:
 
 STUDY_CHARTS = (persistence, sequential_curves, deletion_size, training_curves)
 
+CHART_NAMES = frozenset(
+    (
+        *("forgetting-retention", "forget-distance", "cost-quality", "utility", "loss-distribution"),
+        *("sequential-matrix", "sequential-curves", "deletion-size", "training-curves"),
+    )
+)
+
 
 def all_charts(view: View) -> list[Chart]:
     """Every figure for which the run has numbers, in reading order."""

@@ -42,6 +42,7 @@ class Column:
     group: str
     ideal: str | None = None
     evidence: str = ""  # n and seeds, when they are the same in the whole column
+    first: bool = False  # begins a group: gets a line before it
 
 
 @dataclass
