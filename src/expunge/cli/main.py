@@ -35,6 +35,17 @@ class Verb:
 
 
 VERBS: tuple[Verb, ...] = (
+    Verb("demo", "Train, unlearn, attack and measure on invented people, offline, in two to three minutes."),
+    Verb("unlearn", "Make a model forget samples; the unlearned model, its measurement and a report go to --out."),
+    Verb(
+        "audit",
+        "Measure a model against its original and retrained references.",
+    ),
+    Verb(
+        "bench",
+        "Compare methods over seeds with retrained references: who comes closest, at what cost.",
+    ),
+    Verb("train", "Train an original, a reference or a base; a killed training goes on where it stopped."),
     Verb("ls", "List the methods, attacks, metrics, datasets or models that can be named."),
     Verb("show", "Show one method, attack, metric, dataset or model: properties, formula, options, paper."),
     Verb("doctor", "Show versions, devices, free memory and disk, and what is installed."),

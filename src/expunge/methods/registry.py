@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -102,10 +103,16 @@ ALIASES = {"cluster_driven": "cluster"}  # the published prototype's name
 
 
 def register(entry: Method) -> Method:
-    if entry.name in _METHODS and _METHODS[entry.name].run is not entry.run:
+    known = _METHODS.get(entry.name)
+    if known is not None and _place(known.run) != _place(entry.run):
         raise AssertionError(f"two methods are called {entry.name}")
     _METHODS[entry.name] = entry
     return entry
+
+
+def _place(run: Any) -> tuple[str, str]:
+    run = getattr(run, "func", run)  # a row of a table is a partial
+    return run.__module__, run.__qualname__
 
 
 def method(
@@ -141,9 +148,11 @@ def get_method(name: str) -> Method:
         path, _, wanted = name.rpartition(":")
         if not Path(path).is_file():
             raise UserError(f"method file '{path}' does not exist: give path/to/file.py:name.")
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        spec = importlib.util.spec_from_file_location(f"expunge_method_{Path(path).stem}", path)
         assert spec is not None and spec.loader is not None
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses of the file look themselves up there
+        spec.loader.exec_module(module)
         if wanted not in _METHODS:
             raise UserError(f"'{path}' registers no method called '{wanted}'.")
         return _METHODS[wanted]

@@ -16,7 +16,6 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +36,7 @@ from expunge.methods.cluster.targets import (
     other_names,
 )
 from expunge.methods.registry import Context, Outcome
+from expunge.models.lora import is_lora
 from expunge.training.loop import Feed, TrainOptions, fit, train
 from expunge.training.terms import Teacher
 
@@ -56,13 +56,15 @@ def blend(model: nn.Module, first: State, second: State, share: float) -> None:
                 p.copy_(share * first[n] + (1 - share) * second[n].to(p.device))
 
 
-def proxy_weights(context: Context, options: ClusterOptions) -> State:
+def proxy_model(context: Context, options: ClusterOptions) -> nn.Module:
     """The base trained for ``proxy_epochs`` on the retain set; kept in the work folder, so a restart skips it."""
     assert context.base is not None
+    model = context.base()
     kept = context.work / "proxy.safetensors" if context.work is not None else None
     if kept is not None and kept.exists():
-        return load_file(kept)
-    model = context.base()
+        state = load_file(kept)
+        blend(model, state, state, 1.0)
+        return model
     settings = TrainOptions(
         epochs=options.proxy_epochs,
         batch_size=4,
@@ -73,14 +75,14 @@ def proxy_weights(context: Context, options: ClusterOptions) -> State:
         precision=options.precision,
     )
     work = context.work / "proxy" if context.work is not None else None
-    fit(model, context.adapter, context.retain, settings, seed=context.seed + 1, work=work, progress=context.progress,
-        name="proxy")  # fmt: skip
-    state = weights(model)
-    if kept is not None:
-        save_file(state, str(kept) + ".tmp")
-        Path(str(kept) + ".tmp").rename(kept)
-        shutil.rmtree(context.work / "proxy", ignore_errors=True)  # type: ignore[operator]
-    return state
+    seed = context.seed + 1
+    fit(model, context.adapter, context.retain, settings, seed=seed, work=work, progress=context.progress, name="proxy")
+    if kept is not None and work is not None:
+        part = kept.with_suffix(".part")
+        save_file(weights(model), part)
+        part.rename(kept)
+        shutil.rmtree(work, ignore_errors=True)
+    return model
 
 
 def chosen_members(context: Context, options: ClusterOptions, has_proxy: bool) -> list[str]:
@@ -104,70 +106,75 @@ def chosen_members(context: Context, options: ClusterOptions, has_proxy: bool) -
 
 @dataclass
 class Sources:
-    """Who can be asked about the forget samples, and what the answers are bounded by."""
+    """Who can be asked about the forget samples, and what the answers are bounded by.
+
+    ``anchor`` is the model without the data that bounds the others: the proxy, else the base, else nobody.
+    """
 
     context: Context
     options: ClusterOptions
-    original: State
-    base: State | None
-    proxy: State | None
+    anchor: nn.Module | None
+    has_proxy: bool
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.own = self.ask(self.original)
+        self.own = self.ask(self.context.model)
         self.targets = [targets_n for _, targets_n in self.own]
-        self.anchor_state = self.proxy if self.proxy is not None else self.base
-        if self.anchor_state is not None:
-            self.anchor = self.ask(self.anchor_state)
-            self.caps = [log_nV.gather(1, t[:, None])[:, 0] for log_nV, t in self.anchor]
+        if self.anchor is not None:
+            self.bound = self.ask(self.anchor)
+            self.caps = [log_nV.gather(1, t[:, None])[:, 0] for log_nV, t in self.bound]
             return
         limit = self.options.cap
         self.caps = [torch.full(t.shape, math.log(limit)) for t in self.targets]
-        capped = self.capped([log_nV for log_nV, _ in self.own])
-        self.anchor = list(zip(capped, self.targets, strict=True))
+        self.bound = list(zip(self.capped([log_nV for log_nV, _ in self.own]), self.targets, strict=True))
         self.notes.append(
             "no base was given: blind to what the original knew before the private data; true tokens are capped at "
             f"{limit} and only never-seen text says how far is far enough"
         )
 
-    def ask(self, state: State, other: State | None = None, share: float = 1.0) -> list[tuple[Tensor, Tensor]]:
-        """Log-probabilities and targets under given weights; the original's are put back."""
-        blend(self.context.model, state, other if other is not None else state, share)
-        found = log_probs(self.context.model, self.context.adapter, self.context.forget)
-        blend(self.context.model, self.original, self.original, 1.0)
-        return found
+    def ask(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        return log_probs(model, self.context.adapter, self.context.forget)
 
     def capped(self, raw: Sequence[Tensor]) -> list[Tensor]:
         return [cap_true_token(r, t, c) for r, t, c in zip(raw, self.targets, self.caps, strict=True)]
 
     def member(self, name: str) -> list[Tensor] | None:
         """Log-probabilities (n, V) of one member for each forget sample; None where it has nothing to say."""
-        if name == "proxy" or (name == "base" and self.proxy is None):
-            return [log_nV for log_nV, _ in self.anchor]
+        context = self.context
+        if name == "proxy" or (name == "base" and not self.has_proxy):
+            return [log_nV for log_nV, _ in self.bound]
         if name == "base":
-            assert self.base is not None
-            return [log_nV for log_nV, _ in self.ask(self.base)]
+            assert context.base is not None
+            return [log_nV for log_nV, _ in self.ask(context.base())]
         if name == "original":
             return self.capped([log_nV for log_nV, _ in self.own])
         if name == "blend":
-            if self.anchor_state is None:
-                raise UserError("target member 'blend' needs the base model: give --base, or leave it out.")
-            return self.capped([log_nV for log_nV, _ in self.ask(self.original, self.anchor_state, 0.5)])
-        context = self.context
+            return self._blend()
         known = [*context.unseen, *context.retain]
         people = other_names(known, np.random.default_rng(context.seed), self.options.people)
         if not people or not any(s.names for s in context.forget):
             self.notes.append("no names of subjects are known: the counterfactual member is left out")
             return None
-        return self.capped(counterfactual(context.model, context.adapter, context.forget, self.anchor, people))
+        return self.capped(counterfactual(context.model, context.adapter, context.forget, self.bound, people))
+
+    def _blend(self) -> list[Tensor] | None:
+        if self.anchor is None:
+            raise UserError("target member 'blend' needs the base model: give --base, or leave it out.")
+        if is_lora(self.context.model):
+            self.notes.append("the weights are a LoRA adapter's: the blend member is left out")
+            return None
+        model = self.context.model
+        original = weights(model)
+        blend(model, original, weights(self.anchor), 0.5)
+        raw = [log_nV for log_nV, _ in self.ask(model)]
+        blend(model, original, original, 1.0)
+        return self.capped(raw)
 
 
-def build_targets(
-    context: Context, options: ClusterOptions, original: State, base: State | None, proxy: State | None
-) -> Targets:
+def build_targets(context: Context, options: ClusterOptions, anchor: nn.Module | None, has_proxy: bool) -> Targets:
     """Ask the members about the forget samples and calibrate their ensemble on never-seen text."""
-    sources = Sources(context, options, original, base, proxy)
-    asked = {name: sources.member(name) for name in chosen_members(context, options, proxy is not None)}
+    sources = Sources(context, options, anchor, has_proxy)
+    asked = {name: sources.member(name) for name in chosen_members(context, options, has_proxy)}
     members = {name: found for name, found in asked.items() if found is not None}
     if not members:
         members["original"] = sources.capped([log_nV for log_nV, _ in sources.own])
@@ -181,31 +188,39 @@ def build_targets(
     return targets
 
 
+def anchor_of(context: Context, options: ClusterOptions) -> tuple[nn.Module | None, bool]:
+    """(the model without the data that bounds the targets, whether it is a proxy).
+
+    Raises:
+        UserError: the base is another kind of model than the original.
+    """
+    if context.base is None:
+        return None, False
+    wants_proxy = bool(options.proxy_epochs and context.retain)
+    anchor = proxy_model(context, options) if wants_proxy else context.base()
+    own, other = weights(context.model), weights(anchor)
+    if not is_lora(context.model) and (own.keys() != other.keys() or any(own[n].shape != other[n].shape for n in own)):
+        raise UserError("the base does not have the original's shape: give the very model it was trained from.")
+    return anchor, wants_proxy
+
+
 def run(context: Context, options: ClusterOptions) -> Outcome:
     """Edit ``context.model`` in place; see the module's description."""
     from expunge.methods.cluster.localise import Scope, choose_scope
 
     model, adapter = context.model, context.adapter
-    original = weights(model)
-    base: State | None = None
-    proxy: State | None = None
-    if context.base is not None:
-        base = weights(context.base())
-        if base.keys() != original.keys() or any(base[n].shape != original[n].shape for n in base):
-            raise UserError("the base does not have the original's shape: give the very model it was trained from.")
-        if options.proxy_epochs and context.retain:
-            proxy = proxy_weights(context, options)
-    targets = build_targets(context, options, original, base, proxy)
+    anchor, has_proxy = anchor_of(context, options)
+    targets = build_targets(context, options, anchor, has_proxy)
     seen: Sequence[Sample] = context.retain if options.retain in ("kl", "both") else ()
     protected: Sequence[Sample] = [*seen, *context.earlier]
     teacher = Teacher.of(model, adapter, protected) if protected else None
     scope: Scope = choose_scope(context, options, targets)
 
-    towards = proxy if proxy is not None else base
-    if towards is not None and options.start < 1:
-        blend(model, original, towards, options.start)
-    elif towards is None:
+    if anchor is None:
         targets.notes.append("no base was given: the edit starts from the original's own weights")
+    elif options.start < 1 and not is_lora(model):
+        blend(model, weights(model), weights(anchor), options.start)
+    del anchor
     feeds = {"forget": Feed(context.forget)}
     if context.retain and options.retain != "none":
         feeds["retain"] = Feed(context.retain)

@@ -1,0 +1,393 @@
+"""The verbs as Python functions, with the names of the command line's options.
+
+``import expunge; expunge.unlearn(model="./my-model", forget="f.jsonl", retain="r.jsonl", out="runs/erase-17")``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from expunge.bench.evaluate import EvaluateOptions
+from expunge.bench.plan import Entry, StudyOptions, parse_methods
+from expunge.bench.prepare import Workshop, start_model
+from expunge.bench.single import Request, audit_models, check_room, train_model, unlearn_model
+from expunge.bench.study import Study
+from expunge.data.samples import Dataset, Role
+from expunge.errors import UserError
+from expunge.files import digest_folder
+from expunge.methods.registry import get_method
+from expunge.options import configure
+from expunge.progress import Progress
+from expunge.report import write_report
+from expunge.runs import Run
+from expunge.training.loop import TrainOptions
+
+Text = str | Path
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where everything is. ``results`` is the content of results.json; empty after a dry run, which has a ``plan``."""
+
+    folder: Path
+    model: Path | None = None
+    report: Path | None = None
+    results: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    plan: Mapping[str, Any] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """For ``--json``."""
+        if self.plan is not None:
+            return dict(self.plan)
+        more = {"summary": self.results["summary"]} if "summary" in self.results else dict(self.results)
+        places = {"run": self.folder, "model": self.model, "report": self.report}
+        return {k: str(v) for k, v in places.items() if v is not None} | more
+
+
+def open_run(
+    out: Text, command: str, config: Mapping[str, Any], dataset: Dataset, models: Mapping[str, Text | None], seed: int
+) -> Run:
+    """The run folder, bound to the content of data and models: other content is another configuration."""
+    digests = {"data": dataset.digest()}
+    for name, folder in models.items():
+        if folder is not None and Path(folder).is_dir():
+            digests[name] = digest_folder(Path(folder))
+    return Run.open(out, command, config, digests, seeds=[seed])
+
+
+def finished(run: Run, model: Path | None = None) -> Result:
+    """The result of a run that has results.json: its report is written again."""
+    return Result(run.folder, model, write_report(run.folder), run.read_json("results.json"))
+
+
+def shown(quiet: bool, run: Run) -> Progress:
+    return Progress(quiet=quiet, event=run.event)
+
+
+def unlearn(
+    model: Text,
+    out: Text,
+    *,
+    forget: Text | None = None,
+    retain: Text | None = None,
+    holdout: Text | None = None,
+    utility: Text | None = None,
+    data: str | None = None,
+    data_dir: Text | None = None,
+    data_options: Mapping[str, Any] | None = None,
+    method: str = "cluster",
+    set: Mapping[str, Any] | None = None,
+    base: Text | None = None,
+    references: Sequence[Text] = (),
+    suite: str = "standard",
+    epochs: float | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    lora: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    dtype: str = "fp32",
+    template: str = "auto",
+    context: int | None = None,
+    seed: int = 0,
+    quiet: bool = True,
+    dry_run: bool = False,
+) -> Result:
+    """Make ``model`` forget the samples of ``forget`` (or of a dataset's forget role); see ``expunge unlearn --help``.
+
+    Raises:
+        UserError: one sentence for whatever is wrong with the input; nothing has been overwritten.
+    """
+    request = Request(
+        data=data,
+        data_dir=data_dir,
+        data_options=data_options,
+        forget=forget,
+        retain=retain,
+        holdout=holdout,
+        utility=utility,
+        lora=lora,
+        device=device,
+        dtype=dtype,
+        template=template,
+        context=context,
+        seed=seed,
+    )
+    settings = {k: str(v) for k, v in (set or {}).items()}
+    for key, value in (("epochs", epochs), ("batch_size", batch_size), ("learning_rate", learning_rate)):
+        if value is not None:
+            settings[key] = str(value)
+    entry = Entry(method, get_method(method), settings)
+    entry.configured()
+    options = StudyOptions(evaluate=EvaluateOptions(suite="quick" if suite == "none" else suite))
+    options.evaluate.resolved()
+    dataset = request.dataset()
+    estimate = check_room(str(model), Path(out), request, train=True, copies=1 + (base is not None))
+    folders = [str(r) for r in references]
+    before = None if base is None else str(base)
+    config = {"model": str(model), "base": before, "method": method, "set": settings, "references": folders}
+    config |= {"suite": suite, **request.config()}
+    if dry_run:
+        return Result(Path(out), plan={"config": config, "estimate": estimate})
+    with open_run(out, "unlearn", config, dataset, {"model": model, "base": base}, seed) as run:
+        if not run.done:
+            unlearn_model(
+                run,
+                request,
+                dataset,
+                entry,
+                options,
+                model=str(model),
+                base=before,
+                references=folders,
+                measured=suite != "none",
+                progress=shown(quiet, run),
+            )
+        made = run.folder / "model"
+        return finished(run, made) if suite != "none" else Result(run.folder, made)
+
+
+def audit(
+    model: Text,
+    out: Text,
+    *,
+    original: Text | None = None,
+    references: Sequence[Text] = (),
+    forget: Text | None = None,
+    retain: Text | None = None,
+    holdout: Text | None = None,
+    utility: Text | None = None,
+    data: str | None = None,
+    data_dir: Text | None = None,
+    data_options: Mapping[str, Any] | None = None,
+    suite: str = "standard",
+    device: str = "auto",
+    dtype: str = "fp32",
+    template: str = "auto",
+    context: int | None = None,
+    seed: int = 0,
+    quiet: bool = True,
+    dry_run: bool = False,
+) -> Result:
+    """Measure ``model`` against its original and retrained references; see ``expunge audit --help``.
+
+    Raises:
+        UserError: see :func:`unlearn`.
+    """
+    request = Request(
+        data=data,
+        data_dir=data_dir,
+        data_options=data_options,
+        forget=forget,
+        retain=retain,
+        holdout=holdout,
+        utility=utility,
+        device=device,
+        dtype=dtype,
+        template=template,
+        context=context,
+        seed=seed,
+    )
+    options = StudyOptions(evaluate=EvaluateOptions(suite=suite))
+    options.evaluate.resolved()
+    dataset = request.dataset()
+    estimate = check_room(str(model), Path(out), request, train=True, copies=1)
+    folders = [str(r) for r in references]
+    first = None if original is None else str(original)
+    config = {"model": str(model), "original": first, "references": folders, "suite": suite, **request.config()}
+    if dry_run:
+        return Result(Path(out), plan={"config": config, "estimate": estimate})
+    with open_run(out, "audit", config, dataset, {"model": model, "original": original}, seed) as run:
+        if not run.done:
+            audit_models(
+                run,
+                request,
+                dataset,
+                options,
+                model=str(model),
+                original=first,
+                references=folders,
+                progress=shown(quiet, run),
+            )
+        return finished(run)
+
+
+def train(
+    out: Text,
+    *,
+    model: Text | None = None,
+    init: str | None = None,
+    data: str | None = None,
+    data_dir: Text | None = None,
+    data_options: Mapping[str, Any] | None = None,
+    forget: Text | None = None,
+    retain: Text | None = None,
+    utility: Text | None = None,
+    roles: Sequence[Role] = ("forget", "retain"),
+    optimizer: str = "adamw",
+    epochs: float | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    lora: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    dtype: str = "fp32",
+    template: str = "auto",
+    context: int | None = None,
+    seed: int = 0,
+    quiet: bool = True,
+    dry_run: bool = False,
+) -> Result:
+    """Train an original, a reference or a base; see ``expunge train --help``.
+
+    Raises:
+        UserError: see :func:`unlearn`.
+    """
+    either(model, init)
+    request = Request(
+        data=data,
+        data_dir=data_dir,
+        data_options=data_options,
+        forget=forget,
+        retain=retain,
+        utility=utility,
+        lora=lora,
+        device=device,
+        dtype=dtype,
+        template=template,
+        context=context,
+        seed=seed,
+    )
+    given = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "optimizer": optimizer}
+    values = {k: v for k, v in given.items() if v is not None}
+    values |= {"precision": "bf16"} if dtype == "bf16" else {}
+    options = configure(TrainOptions, values, "option of train")
+    dataset = request.dataset()
+    estimate = "a small new model"
+    if model is not None:
+        estimate = check_room(str(model), Path(out), request, train=True, copies=0)
+    start = None if model is None else str(model)
+    config = {"model": start, "init": init, "roles": list(roles), "training": values, **request.config()}
+    if dry_run:
+        return Result(Path(out), plan={"config": config, "estimate": estimate})
+    with open_run(out, "train", config, dataset, {"model": model}, seed) as run:
+        if not run.done:
+            train_model(run, request, dataset, options, model=start, init=init, roles=roles, progress=shown(quiet, run))
+        return Result(run.folder, run.folder / "model", None, run.read_json("results.json"))
+
+
+def bench(
+    out: Text,
+    *,
+    model: Text | None = None,
+    init: str | None = None,
+    data: str | None = None,
+    data_dir: Text | None = None,
+    data_options: Mapping[str, Any] | None = None,
+    forget: Text | None = None,
+    retain: Text | None = None,
+    holdout: Text | None = None,
+    utility: Text | None = None,
+    methods: str = "all",
+    seeds: int = 3,
+    references: int = 3,
+    tune: int = 0,
+    sequential: int = 0,
+    size_impact: Sequence[int] = (),
+    blind: bool = False,
+    keep_models: bool = False,
+    suite: str = "standard",
+    base_epochs: float = 24.0,
+    epochs: float | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    device: str = "auto",
+    dtype: str = "fp32",
+    template: str = "auto",
+    context: int | None = None,
+    seed: int = 0,
+    quiet: bool = True,
+    dry_run: bool = False,
+    command: str = "bench",
+) -> Result:
+    """Compare methods over seeds with retrained references; see ``expunge bench --help``.
+
+    Raises:
+        UserError: see :func:`unlearn`.
+    """
+    either(model, init)
+    request = Request(
+        data=data,
+        data_dir=data_dir,
+        data_options=data_options,
+        forget=forget,
+        retain=retain,
+        holdout=holdout,
+        utility=utility,
+        device=device,
+        dtype=dtype,
+        template=template,
+        context=context,
+        seed=seed,
+    )
+    entries = parse_methods(methods)
+    given = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+    options = StudyOptions(
+        seeds=seeds,
+        references=references,
+        base_epochs=base_epochs,
+        blind=blind,
+        sequential=sequential,
+        size_impact=tuple(size_impact),
+        tune=tune,
+        keep_models=keep_models,
+        precision="bf16" if dtype == "bf16" else "fp32",
+        evaluate=EvaluateOptions(suite=suite),
+        **{k: v for k, v in given.items() if v is not None},  # type: ignore[arg-type]
+    )
+    options.evaluate.resolved()
+    dataset = request.dataset()
+    estimate = "small new models"
+    if model is not None:
+        estimate = check_room(str(model), Path(out), request, train=True, copies=3)
+    start = None if model is None else str(model)
+    config = {"model": start, "init": init, "methods": [e.label for e in entries], **asdict(options)}
+    config |= request.config()
+    plan = f"{len(entries) * seeds} unlearning runs from {seeds} originals against {references} references; {estimate}"
+    if dry_run:
+        return Result(Path(out), plan={"config": config, "estimate": plan})
+    with open_run(out, command, config, dataset, {"model": model}, seed) as run:
+        if not run.done:
+            progress = shown(quiet, run)
+            models = run.folder / "models"
+            base = start_model(
+                models, dataset, options, model=start, init=init, load=request.loading, seed=seed, progress=progress
+            )
+            shop = Workshop(models, base, options, progress)
+            Study(run, shop, dataset, entries, options, progress).complete()
+            run.finish(flops=shop.adapter.meter.flops)
+        return finished(run)
+
+
+DEMO = {
+    "data": "people",
+    "data_options": {"people": 30, "forget": 3, "holdout": 24, "utility": 40, "questions": 8},
+    "init": "tiny",
+    "methods": "cluster,npo,graddiff",
+    "seeds": 1,
+    "references": 2,
+    "base_epochs": 12.0,
+    "epochs": 20.0,
+}
+
+
+def demo(out: Text = "runs/demo", *, seed: int = 0, quiet: bool = True) -> Result:
+    """The main job on invented people, offline; see ``expunge demo --help``."""
+    return bench(out, **DEMO, seed=seed, quiet=quiet, command="demo")  # type: ignore[arg-type]
+
+
+def either(model: Text | None, init: str | None) -> None:
+    """Refuse neither and both."""
+    if (model is None) == (init is None):
+        raise UserError("name the model to start from: --model FOLDER (or a hub name), or --init tiny for a new one.")

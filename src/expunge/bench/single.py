@@ -1,0 +1,243 @@
+"""One model at a time: train one, unlearn from one, measure some. The same rows and report as a study."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from expunge.bench import results
+from expunge.bench.cost import measure
+from expunge.bench.evaluate import Evaluation, References, evaluate
+from expunge.bench.plan import Entry, StudyOptions
+from expunge.bench.prepare import Workshop, initialised
+from expunge.bench.study import Study, anchor
+from expunge.data.files import load_files
+from expunge.data.registry import load_dataset
+from expunge.data.samples import ROLES, Dataset, Role, Sample
+from expunge.errors import UserError
+from expunge.models.load import Loaded, load_model, save_model
+from expunge.models.lora import LoraOptions
+from expunge.models.memory import check_resources, estimate
+from expunge.options import configure
+from expunge.progress import Progress
+from expunge.runs import Run
+from expunge.training.loop import TrainOptions, fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for: the data (a dataset by name, or files), and how models are loaded."""
+
+    data: str | None = None
+    data_dir: Path | str | None = None
+    data_options: Mapping[str, Any] | None = None
+    forget: Path | str | None = None
+    retain: Path | str | None = None
+    holdout: Path | str | None = None
+    utility: Path | str | None = None
+    device: str = "auto"
+    dtype: str = "fp32"
+    template: str = "auto"
+    context: int | None = None
+    lora: Mapping[str, Any] | None = None
+    seed: int = 0
+
+    def dataset(self) -> Dataset:
+        """Load and check it.
+
+        Raises:
+            UserError: neither or both of a dataset and files, or whatever is wrong with them.
+        """
+        if (self.data is None) == (self.forget is None):
+            raise UserError("name the data: either --data NAME, or --forget FILE (with --retain FILE).")
+        if self.data is not None:
+            return load_dataset(self.data, data_dir=self.data_dir, seed=self.seed, options=self.data_options)
+        assert self.forget is not None
+        return load_files(forget=self.forget, retain=self.retain, holdout=self.holdout, utility=self.utility).check()
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "template": self.template,
+            "context": self.context,
+        }
+
+    def lora_options(self) -> LoraOptions | None:
+        return None if self.lora is None else configure(LoraOptions, self.lora, "option of --lora")
+
+    def config(self) -> dict[str, Any]:
+        """For run.yaml; files by the name that was given, their content by the dataset's digest."""
+        return {k: (str(v) if isinstance(v, Path) else v) for k, v in dataclasses.asdict(self).items()}
+
+
+def check_room(model: str, out: Path, request: Request, *, train: bool, copies: int = 1) -> str:
+    """Refuse before the start if memory or disk are too small; else the estimate in words."""
+    needed = estimate(model, dtype=request.dtype, train=train, lora=request.lora_options(), copies=copies)
+    check_resources(needed, out, device=request.device)
+    return str(needed)
+
+
+def train_model(
+    run: Run,
+    request: Request,
+    dataset: Dataset,
+    options: TrainOptions,
+    *,
+    model: str | None,
+    init: str | None,
+    roles: Sequence[Role] = ("forget", "retain"),
+    progress: Progress | None = None,
+) -> Path:
+    """Train a model, or a new small one, on the samples of some roles; the folder of the trained model."""
+    progress = progress or Progress(event=run.event)
+    for role in roles:
+        if role not in ROLES:
+            raise UserError(f"unknown role '{role}': allowed are {', '.join(ROLES)}.")
+    samples: list[Sample] = [s for role in roles for s in dataset[role]]
+    if not samples:
+        raise UserError(f"there are no samples in roles {', '.join(roles)}: nothing to train on.")
+    if (model is None) == (init is None):
+        raise UserError("name what to train: --model FOLDER, or --init tiny for a new small model.")
+    if model is not None:
+        loaded = load_model(model, **request.loading, lora=request.lora_options(), seed=request.seed)
+    else:
+        assert init is not None
+        loaded = initialised(dataset, init, request.seed)
+    with measure(loaded.adapter, loaded.model) as cost:
+        log = fit(
+            loaded.model, loaded.adapter, samples, options, seed=request.seed, work=run.folder / "work",
+            progress=progress, name="train",
+        )  # fmt: skip
+    if loaded.adapter.truncated:
+        run.note(f"{len(loaded.adapter.truncated)} sample(s) were longer than the context and cut.")
+    folder = save_model(loaded, run.folder / "model")
+    figures = {"first_loss": log.steps[0]["nll"], "last_loss": log.last("nll"), "steps": len(log.steps)}
+    run.write_json("results.json", {"schema": "expunge.training/1", **figures, "cost": cost.record(), "roles": roles})
+    run.finish(flops=cost.flops, parameters_changed=cost.parameters_changed, figures=figures)
+    return folder
+
+
+def unlearn_model(
+    run: Run,
+    request: Request,
+    dataset: Dataset,
+    entry: Entry,
+    options: StudyOptions,
+    *,
+    model: str,
+    base: str | None = None,
+    references: Sequence[str] = (),
+    measured: bool = True,
+    progress: Progress | None = None,
+) -> Path:
+    """Unlearn once and measure before and after; the folder of the unlearned model."""
+    progress = progress or Progress(event=run.event)
+    loaded = load_model(model, **request.loading, lora=request.lora_options(), seed=request.seed)
+    if base is not None:
+        start = load_model(base, **request.loading)
+        shop = Workshop(run.folder / "work", Loaded(start.model, loaded.adapter, base), options, progress)
+    else:
+        shop = Workshop(run.folder / "work", Loaded(loaded.model, loaded.adapter, model), options, progress)
+    blind = dataclasses.replace(options, blind=base is None, references=len(references), seeds=1)
+    study = Study(run, shop, dataset, [entry], blind, progress)
+    compared, original = (None, None)
+    if measured:
+        compared = measured_references(study, request, references)
+        original = _row(study, "main/original/0", anchor("original", 0), loaded.model, compared, "self")
+    context = study.context(entry, loaded.model, request.seed, dataset, f"main/{entry.label}/0")
+    outcome, cost = study.apply(context, entry.method, entry.configured())
+    loaded.model = outcome.model
+    folder = save_model(loaded, run.folder / "model")
+    common = {
+        "method": entry.label,
+        "kind": "method",
+        "seed": request.seed,
+        "position": None,
+        "properties": results.properties(entry.method),
+        "settings": entry.settings,
+        "notes": outcome.notes,
+        "record": {k: v for k, v in outcome.record.items() if k != "log"},
+        "curve": results.curve(outcome.record.get("log", [])),
+        "cost": cost.record(),
+    }
+    if measured:
+        _row(study, f"main/{entry.label}/0", common, outcome.model, compared, original)
+        results.write(run, shop, dataset, blind, [request.seed], f"{entry.label} on {model}")
+    run.finish(flops=cost.flops, parameters_changed=cost.parameters_changed, notes=outcome.notes)
+    return folder
+
+
+def audit_models(
+    run: Run,
+    request: Request,
+    dataset: Dataset,
+    options: StudyOptions,
+    *,
+    model: str,
+    original: str | None = None,
+    references: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> None:
+    """Measure a model against its original and retrained references, without training anything."""
+    progress = progress or Progress(event=run.event)
+    loaded = load_model(model, **request.loading)
+    shop = Workshop(run.folder / "work", loaded, options, progress)
+    # Nothing calibrates on the holdout here: all of it is measured.
+    none = dataclasses.replace(options, calibration=0.0, references=len(references), seeds=1)
+    study = Study(run, shop, dataset, [], none, progress)
+    compared = measured_references(study, request, references)
+    before: Evaluation | None = None
+    if original is not None:
+        first = load_model(original, **request.loading).model
+        before = _row(study, "main/original/0", anchor("original", 0), first, compared, "self")
+        del first
+    content = {**anchor("audited", 0), "kind": "method", "notes": [f"model: {model}"]}
+    _row(study, "main/audited/0", content, loaded.model, compared, before)
+    results.write(run, shop, dataset, none, [request.seed], f"Audit of {model}")
+    run.finish()
+
+
+def measured_references(study: Study, request: Request, folders: Sequence[str]) -> References | None:
+    """Retrained models from their folders, measured on the study's dataset."""
+    if not folders:
+        return None
+    found = References(study.shop.adapter, study.measured, options=study.options.evaluate)
+    for number, folder in enumerate(folders):
+        study.progress.say(f"measuring reference {number + 1} of {len(folders)}")
+        found.add(load_model(folder, **request.loading).model, study.progress)
+    for number in range(len(folders)):
+        key = f"main/reference/{number}"
+        if not study.has(key):
+            results.write_row(
+                study.run, key, {**anchor("reference", number), **results.of_evaluation(found.evaluation(number))}
+            )
+    return found
+
+
+def _row(
+    study: Study,
+    key: str,
+    content: dict[str, Any],
+    model: nn.Module,
+    references: References | None,
+    original: Any,
+) -> Evaluation:
+    study.progress.say(f"measuring {key.split('/')[1]}")
+    found = evaluate(
+        model,
+        study.shop.adapter,
+        study.measured,
+        references=references,
+        original=original,
+        options=study.options.evaluate,
+        progress=study.progress,
+    )
+    results.write_row(study.run, key, {**content, **results.of_evaluation(found)})
+    return found

@@ -1,0 +1,94 @@
+"""``expunge train``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from expunge.cli.common import (
+    BatchSize,
+    Data,
+    DataDir,
+    DataOption,
+    Device,
+    DryRun,
+    Dtype,
+    Epochs,
+    Forget,
+    Json,
+    LearningRate,
+    Lora,
+    Out,
+    Quiet,
+    Retain,
+    Seed,
+    Template,
+    Utility,
+    commas,
+    key_values,
+    pairs,
+)
+from expunge.cli.studies import DTYPES, tell
+
+
+def command(
+    out: Out,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Model to go on from: folder or hub name.")] = None,
+    init: Annotated[str | None, typer.Option("--init", help="Or a new small model: tiny-test, tiny or small.")] = None,
+    data: Data = None,
+    data_dir: DataDir = None,
+    data_option: DataOption = None,
+    forget: Forget = None,
+    retain: Retain = None,
+    utility: Utility = None,
+    roles: Annotated[
+        str, typer.Option("--roles", help="Roles to train on, joined by commas; retain alone makes a reference.")
+    ] = "forget,retain",
+    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, muon or sgd.")] = "adamw",
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
+    lora: Lora = None,
+    device: Device = "auto",
+    dtype: Dtype = "fp32",
+    template: Template = None,
+    seed: Seed = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train an original, a reference or a base; a killed training goes on where it stopped.
+
+    Examples:
+      expunge train --init tiny --data people --roles utility --out runs/base
+      expunge train --model runs/base/model --data people --out runs/original
+      expunge train --model runs/base/model --data people --roles retain --seed 1 --out runs/reference
+    """
+    from expunge.api import train
+
+    result = train(
+        out,
+        model=model,
+        init=init,
+        data=data,
+        data_dir=data_dir,
+        data_options=key_values(data_option, "--data-option"),
+        forget=forget,
+        retain=retain,
+        utility=utility,
+        roles=commas(roles),  # type: ignore[arg-type]
+        optimizer=optimizer,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        lora=pairs(lora, "--lora") if lora is not None else None,
+        device=device,
+        dtype=DTYPES.get(dtype, dtype),
+        template=template or "auto",
+        seed=seed,
+        quiet=quiet,
+        dry_run=dry_run,
+    )
+    made = result.results
+    tell(result, json, [f"Loss {made['first_loss']:.3f} -> {made['last_loss']:.3f}"] if made else [])

@@ -1,0 +1,106 @@
+"""``expunge unlearn``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from expunge.cli.common import (
+    BatchSize,
+    Data,
+    DataDir,
+    DataOption,
+    Device,
+    DryRun,
+    Dtype,
+    Epochs,
+    Forget,
+    Holdout,
+    Json,
+    LearningRate,
+    Lora,
+    Model,
+    Out,
+    Quiet,
+    Reference,
+    Retain,
+    Seed,
+    Set,
+    Template,
+    Utility,
+    key_values,
+    pairs,
+)
+from expunge.cli.studies import DTYPES, tell
+
+
+def command(
+    model: Model,
+    out: Out,
+    forget: Forget = None,
+    retain: Retain = None,
+    holdout: Holdout = None,
+    utility: Utility = None,
+    data: Data = None,
+    data_dir: DataDir = None,
+    data_option: DataOption = None,
+    method: Annotated[str, typer.Option("--method", help="Method; see 'expunge ls methods'.")] = "cluster",
+    set_: Set = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="The model from before the private data was learnt, if it was kept.")
+    ] = None,
+    reference: Reference = None,
+    suite: Annotated[str, typer.Option("--suite", help="What to measure: none, quick, standard or full.")] = "standard",
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
+    lora: Lora = None,
+    device: Device = "auto",
+    dtype: Dtype = "fp32",
+    template: Template = None,
+    seed: Seed = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Make a model forget samples; the unlearned model, its measurement and a report go to --out.
+
+    The forget file holds one JSON object per line with 'prompt' and 'target', or 'text' for a document. The retain
+    file has samples of the same training set that must stay; the holdout file has samples of the same kind that no
+    model was trained on, and lets the edit be calibrated and membership be measured.
+
+    Examples:
+      expunge unlearn --model ./my-model --forget forget.jsonl --retain retain.jsonl --out runs/erase-17
+      expunge unlearn -m ./my-model --base ./before --forget f.jsonl --retain r.jsonl --holdout h.jsonl -o runs/e18
+      expunge unlearn -m ./my-model --forget f.jsonl --retain r.jsonl --method npo --set beta=0.05 -o runs/npo
+    """
+    from expunge.api import unlearn
+
+    result = unlearn(
+        model,
+        out,
+        data=data,
+        data_dir=data_dir,
+        data_options=key_values(data_option, "--data-option"),
+        forget=forget,
+        retain=retain,
+        holdout=holdout,
+        utility=utility,
+        method=method,
+        set=key_values(set_),
+        base=base,
+        references=reference or (),
+        suite=suite,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        lora=pairs(lora, "--lora") if lora is not None else None,
+        device=device,
+        dtype=DTYPES.get(dtype, dtype),
+        template=template or "auto",
+        seed=seed,
+        quiet=quiet,
+        dry_run=dry_run,
+    )
+    tell(result, json)
