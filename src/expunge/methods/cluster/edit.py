@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from expunge.data.samples import Sample
 from expunge.methods.cluster.options import ClusterOptions
 from expunge.methods.cluster.targets import Divergence, Targets
 from expunge.models.adapter import Adapter, evaluating
+from expunge.models.rounding import rounded_weights
 from expunge.training.batching import Stream
 from expunge.training.loop import Trainer, TrainOptions, fit
 from expunge.training.terms import Teacher, Term, View, kl_C, nll_N
@@ -107,7 +109,7 @@ class Edit:
     unseen: Sequence[Sample]
     plan: EditPlan
     memory: dict[str, Any]
-    project: Callable[[bool], None] | None = None  # rank limit or null space, after each step
+    project: Callable[[int, bool], None] | None = None  # rank limit or null space, after each step
     trace: list[dict[str, float]] = field(default_factory=list)
 
     def terms(self) -> list[Term]:
@@ -139,7 +141,9 @@ class Edit:
         self.targets.shift = float(self.memory.get("shift", 0.0))
         if self.memory.get("unseen_loss") is None and self.unseen and self.options.control:
             self._measure(trainer)
-        values = trainer.gradients(picks)
+        late = self.options.rounding and trainer.step >= self.options.rounding_from * self.plan.steps
+        with rounded_weights(trainer.model, self.options.rounding) if late else nullcontext():
+            values = trainer.gradients(picks)
         if "forget_nll" in values:
             self._control(trainer.step / self.plan.steps, values["forget_nll"])
         if self.options.harden and "forget" in picks and trainer.step % 2 == 0:
@@ -150,7 +154,7 @@ class Edit:
         """After each step: projection, the worst retain samples, weight average, never-seen loss."""
         step = trainer.step
         if self.project is not None:
-            self.project(False)
+            self.project(step, False)
         if step == self.plan.healing and self.options.worst < 1 and self.retain:
             losses = np.asarray(mean_losses(trainer.model, self.adapter, self.retain))
             count = max(1, round(self.options.worst * len(losses)))
@@ -172,7 +176,7 @@ class Edit:
                     if name in trainer.tensors:
                         p.copy_(trainer.tensors[name])
         if step == self.plan.steps and self.project is not None:
-            self.project(True)
+            self.project(step, True)
 
     def negation_steps(self) -> set[int]:
         """Evenly from the first step to the beginning of healing."""
@@ -224,16 +228,16 @@ class Edit:
         for p in parameters:
             p.grad = None
         trainer.gradients(own, [Term("relearn", "forget", "token", nll_N)])
-        moves = [None if p.grad is None else self.options.harden * p.grad.sign() for p in parameters]
+        here = [None if p.grad is None else p.detach().clone() for p in parameters]
         with torch.no_grad():
-            for p, move in zip(parameters, moves, strict=True):
+            for p in parameters:
+                if p.grad is not None:
+                    p.sub_(self.options.harden * p.grad.sign())
                 p.grad = None
-                if move is not None:
-                    p.sub_(move)
         trainer.gradients(own, [t for t in self.terms() if t.name == "forget"])
         with torch.no_grad():
-            for p, move, grad in zip(parameters, moves, kept, strict=True):
-                if move is not None:
-                    p.add_(move)
+            for p, before, grad in zip(parameters, here, kept, strict=True):
+                if before is not None:
+                    p.copy_(before)  # adding the move again would leave rounding behind
                 if grad is not None:
                     p.grad = grad if p.grad is None else p.grad + grad

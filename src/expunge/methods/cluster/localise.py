@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.data.samples import Sample
+from expunge.errors import UserError
 from expunge.methods.cluster.edit import divergence
 from expunge.methods.cluster.influence import Influence, choose, cluster_shares, random_choice, token_influence
 from expunge.methods.cluster.kfac import Factor, kfac_factors, refresher
@@ -96,6 +97,8 @@ class Scope:
         """The K-FAC optimizer where it is asked for; None lets the loop build Muon or AdamW."""
         if options.optimizer != "kfac":
             return None
+        if not context.retain:
+            raise UserError("optimizer 'kfac' needs retain samples, whose curvature it uses: add them, or use muon.")
         layers = {n: ly for n, ly in self.layers.items() if ly.weight.requires_grad}
         inside = {id(ly.weight) for ly in layers.values()}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in inside]
@@ -124,22 +127,19 @@ class Scope:
             )
         ]
 
-    def projection(self, options: ClusterOptions) -> Callable[[bool], None] | None:
+    def projection(self, options: ClusterOptions) -> Callable[[int, bool], None] | None:
         """Keeps the change of each layer since now inside the allowed rank or off the retain inputs' span."""
-        needs_rank = options.rank is not None and options.optimizer != "kfac"
+        needs_rank = options.rank is not None  # K-FAC steps of that rank add up to more
         if not needs_rank and options.null_space is None:
             return None
         start = {n: ly.matrix(ly.weight.detach()).clone() for n, ly in self.layers.items()}
         off = {}
         if options.null_space is not None:
             off = {n: null_space(f.input_II, options.null_space) for n, f in self.factors.items()}
-        calls = 0
 
         @torch.no_grad()
-        def project(last: bool) -> None:
-            nonlocal calls
-            calls += 1
-            if not last and not off and calls % PROJECT_EVERY:
+        def project(step: int, last: bool) -> None:
+            if not last and not off and step % PROJECT_EVERY:
                 return
             for name, layer in self.layers.items():
                 change_OI = layer.matrix(layer.weight) - start[name]
@@ -156,6 +156,8 @@ class Scope:
 def choose_scope(context: Context, options: ClusterOptions, targets: Targets) -> Scope:
     """Cluster token states, rank (layer, cluster) groups by influence, take the smallest set that reaches enough."""
     model, adapter = context.model, context.adapter
+    if options.null_space is not None and not context.retain:
+        raise UserError("null_space needs retain samples, whose inputs it keeps off: add them, or leave it out.")
     # Towers and projectors see images, not the tokens of the batch.
     wanted = (lambda n: "vision" not in n and "projector" not in n) if adapter.modality == "multimodal" else None
     layers, _ = linear_layers(model, wanted)

@@ -62,8 +62,10 @@ def proxy_model(context: Context, options: ClusterOptions) -> nn.Module:
     model = context.base()
     kept = context.work / "proxy.safetensors" if context.work is not None else None
     if kept is not None and kept.exists():
-        state = load_file(kept)
-        blend(model, state, state, 1.0)
+        everything, state = {**dict(model.named_parameters()), **dict(model.named_buffers())}, load_file(kept)
+        with torch.no_grad():
+            for n, held in state.items():
+                everything[n].copy_(held)
         return model
     settings = TrainOptions(
         epochs=options.proxy_epochs,
@@ -79,7 +81,9 @@ def proxy_model(context: Context, options: ClusterOptions) -> nn.Module:
     fit(model, context.adapter, context.retain, settings, seed=seed, work=work, progress=context.progress, name="proxy")
     if kept is not None and work is not None:
         part = kept.with_suffix(".part")
-        save_file(weights(model), part)
+        # Batch normalisation keeps its statistics in buffers.
+        buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
+        save_file(weights(model) | buffers, part)
         part.rename(kept)
         shutil.rmtree(work, ignore_errors=True)
     return model

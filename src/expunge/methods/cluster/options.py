@@ -17,7 +17,7 @@ class ClusterOptions(TrainOptions):
     """Options of ``cluster``."""
 
     # how long
-    epochs: float = option(1.8, "passes over the retain set in the edit; sets its cost", "measured")
+    epochs: float = option(2.0, "passes over the retain set in the edit; sets its cost", "measured")
     forget_epochs: float = option(3.4, "at least this many passes over the forget set", "measured")
     steps: int | None = option(None, "number of edit steps; overrides both")
     batch_size: int = option(2, "forget samples in one step", "measured")
@@ -32,12 +32,12 @@ class ClusterOptions(TrainOptions):
     js: float = option(4.0, "weight of Jensen-Shannon(target, model)", "measured")
     reverse: float = option(0.0, "weight of KL(model ‖ target); .3 without match", "measured")
     forward: float = option(0.0, "weight of KL(target ‖ model)")
-    match: float = option(0.3, "weight of |log p(y) - log q(y)| at the true token: holds membership", "measured")
+    match: float = option(0.12, "weight of the squared log ratio to the target at the true token", "measured")
     # from where
     start: float = option(0.9, "starting weights: this share original, the rest proxy (or base)", "measured")
     # how
     optimizer: str = option("muon", "optimizer of the hidden matrices", "measured", OPTIMIZERS)
-    learning_rate: float = option(4e-3, "peak learning rate of the hidden matrices", "measured")
+    learning_rate: float = option(3.4e-3, "peak learning rate of the hidden matrices", "measured")
     other_learning_rate: float | None = option(5e-4, "AdamW rate of the other parameters", "measured")
     schedule: str = option("linear", "shape after warm-up", "", ("cosine", "linear", "constant"))
     rank: int | None = option(None, "largest rank of the change of each matrix; full if none")
@@ -56,7 +56,7 @@ class ClusterOptions(TrainOptions):
     retain: str = option(
         "nll", "retain term: nll, kl to the original, or both", "measured", ("nll", "kl", "both", "none")
     )
-    alpha: float = option(2.0, "weight of the retain term", "measured")
+    alpha: float = option(3.0, "weight of the retain term", "measured")
     heal_from: float = option(0.6, "share of the steps after which forgetting comes only now and then", "measured")
     heal_every: int = option(4, "one forget step in so many while healing", "measured")
     worst: float = option(1.0, "share of the retain samples, the most damaged, that healing uses; 1 = all", "measured")
@@ -69,10 +69,12 @@ class ClusterOptions(TrainOptions):
     )
     negation_share: float = option(0.4, "share of the forget samples in one negation", "measured")
     negation_rate: float = option(3e-3, "Muon rate of the copy", "measured")
-    negation_scale: float = option(2.0, "step against the copy's change, as a multiple of it", "measured")
+    negation_scale: float = option(2.15, "step against the copy's change, as a multiple of it", "measured")
     control: float = option(0.0, "gain of the loop that moves the forget loss to the never-seen loss; 0 = off")
     control_every: int = option(15, "steps between measurements of the never-seen loss", "measured")
     harden: float = option(
         0.0, "radius of the relearning direction that every other forget step withstands", "experiments: 1e-3"
     )
+    rounding: int = option(4, "bits of the rounding that the last steps are taken under; 0 = none", "measured")
+    rounding_from: float = option(0.75, "share of the steps after which that begins", "measured")
     checkpoint_every: int = option(50, "steps between checkpoints, where a work folder is given; 0 = none")

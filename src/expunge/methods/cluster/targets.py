@@ -63,10 +63,13 @@ def other_names(samples: Sequence[Sample], rng: np.random.Generator, count: int)
 
 def swap_names(sample: Sample, names: Sequence[str], others: Sequence[str], number: int) -> Sample:
     """The sample with each of its subject's names replaced by the other person's in prompt and target."""
-    pairs = list(zip(names, [*others, *[others[0]] * len(names)], strict=False))
+    pairs = [pair for pair in zip(names, [*others, *[others[0]] * len(names)], strict=False) if pair[0]]
+    if not pairs:
+        return sample
     pairs.sort(key=lambda pair: -len(pair[0]))
     replacing = dict(pairs)
-    pattern = re.compile("|".join(re.escape(name) for name, _ in pairs))
+    # Whole words only: "Al" is not in "Also". The longest name comes first, so that full names stay whole.
+    pattern = re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name, _ in pairs))
 
     def swap(text: str) -> str:
         return pattern.sub(lambda found: replacing[found.group()], text)
@@ -112,7 +115,8 @@ def counterfactual(
             index_n = aligned(targets_n, other_targets_m)
             found_nV = other_mV[index_n.clamp_min(0)]
             total_nV += torch.where((index_n >= 0)[:, None], found_nV, log_nV).exp()
-        out.append((total_nV / len(people)).log().clamp_min(NEVER))
+        # Far below the smallest float the logarithm of the mean is unknown, not minus infinity.
+        out.append((total_nV / len(people)).clamp_min(torch.finfo(torch.float32).tiny).log())
     return out
 
 
@@ -157,6 +161,30 @@ class Targets:
         return view.positions.per_token(both, *kept)
 
 
+def calibrated(loss: Callable[[float], float], wanted: float, low: float = 0.5, high: float = 3.0) -> float:
+    """The exponent s in [low, high] with loss(s) = wanted, or the one that comes nearest.
+
+    The loss is convex in s (each position's is log Σ exp(s z) - s z_y), so it may fall before it rises. Of two
+    solutions the one on the rising side is taken, where sharper means further from the true answers.
+    """
+    at_low, at_high = loss(low), loss(high)
+    below, above = (low, high) if at_low < at_high else (high, low)
+    if max(at_low, at_high) < wanted:
+        return above
+    if min(at_low, at_high) >= wanted:
+        left, right = low, high
+        for _ in range(16):  # golden section: the lowest point
+            a, b = left + 0.382 * (right - left), left + 0.618 * (right - left)
+            left, right = (left, b) if loss(a) <= loss(b) else (a, right)
+        below, above = (left + right) / 2, high
+        if loss(below) >= wanted:
+            return below
+    for _ in range(24):
+        middle = (below + above) / 2
+        below, above = (middle, above) if loss(middle) < wanted else (below, middle)
+    return (below + above) / 2
+
+
 def ensemble(
     samples: Sequence[Sample],
     members: Mapping[str, Sequence[Tensor]],
@@ -182,18 +210,19 @@ def ensemble(
     if sharpness is None:
         sharpness = 1.0
         if unseen_loss is not None:
-            low, high = 0.5, 3.0
-            for _ in range(24):
-                sharpness = (low + high) / 2
-                low, high = (sharpness, high) if loss(sharpness) < unseen_loss else (low, sharpness)
-            if abs(loss(sharpness) - unseen_loss) > 0.2:
+            sharpness = calibrated(loss, unseen_loss)
+            if not abs(loss(sharpness) - unseen_loss) <= 0.2:
                 notes.append(f"targets could not be calibrated: loss {loss(sharpness):.2f}, wanted {unseen_loss:.2f}")
     vocab = int(mean[0].shape[1])
     keep = min(vocab, KEPT)
     kept = {}
-    for sample, log_nV in zip(samples, mean, strict=True):
+    for sample, log_nV, targets_n in zip(samples, mean, targets, strict=True):
         sharp_nV = (sharpness * log_nV).log_softmax(1)
-        log_nk, index_nk = sharp_nV.topk(keep, dim=1)
+        index_nk = sharp_nV.topk(keep, dim=1).indices
+        # The true token is always kept exactly: the loss of the targets and the match term are about it.
+        lost_n = (index_nk != targets_n[:, None]).all(1)
+        index_nk[lost_n, -1] = targets_n[lost_n]
+        log_nk = sharp_nV.gather(1, index_nk)
         rest_n = torch.log((1 - log_nk.exp().sum(1)).clamp_min(1e-12))
         kept[sample.id] = (log_nk, index_nk, rest_n)
     return Targets(kept, vocab, sharpness, loss(sharpness), notes=notes)
@@ -204,7 +233,8 @@ def ensemble(
 
 @dataclass(frozen=True)
 class Divergence:
-    """js·JS(q, p) + reverse·KL(p ‖ q) + forward·KL(q ‖ p) + match·|log p(y) - log q(y)|, nats per position.
+    """js·JS(q, p) + reverse·KL(p ‖ q) + forward·KL(q ‖ p) + match·d²/(1 + |d|/4), nats per position,
+    with d = log p(y) - log q(y) at the true token y.
 
     The last term holds the true token's probability to the target's on a log scale, where membership is decided and
     the bounded divergences are blind.
@@ -230,5 +260,5 @@ class Divergence:
             total_C = total_C + self.forward * (q_CV * (log_q_CV - log_p_CV)).sum(1)
         if self.match:
             gap_C = (log_p_CV - log_q_CV).gather(1, targets_C[:, None])[:, 0]
-            total_C = total_C + self.match * gap_C.abs()
+            total_C = total_C + self.match * gap_C.square() / (1 + gap_C.abs() / 4)
         return total_C
