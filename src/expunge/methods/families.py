@@ -40,7 +40,7 @@ class FamilyOptions(TrainOptions):
     gamma: float = option(1.0, "weight of the forget term")
     alpha: float = option(1.0, "weight of the retain term")
     beta: float = option(0.1, "inverse temperature (npo, dpo, simnpo); logit shift (undial)")
-    delta: float = option(0.0, "margin of simnpo, nats per token")
+    delta: float = option(0.0, "margin of simnpo, on the scale of β·nats per token (the paper's γ)")
     stop_loss: float | None = option(
         None, "stop when the forget loss passes this (nats per token): a guard for the ascent rows"
     )
@@ -194,9 +194,9 @@ FAMILIES: tuple[Row, ...] = (
 
 def replacement(sample: Sample, adapter: Any, rng: np.random.Generator) -> Sample:
     """The sample with a refusal (text) or another class (classifier) in place of its target."""
-    if isinstance(sample.target, int):
-        other = int(rng.integers(adapter.num_classes - 1))
-        return replace(sample, id=f"{sample.id}/other", target=other + (other >= sample.target), probes=())
+    if adapter.modality == "classifier":
+        other, own = int(rng.integers(adapter.num_classes - 1)), adapter.label(sample)
+        return replace(sample, id=f"{sample.id}/other", target=other + (other >= own), probes=())
     return replace(sample, id=f"{sample.id}/refusal", target=str(rng.choice(REFUSALS)), probes=())
 
 

@@ -82,6 +82,8 @@ class Method:
         Raises:
             UserError: something that the method needs is missing, or the modality is not supported.
         """
+        if not context.forget:
+            raise UserError(f"method '{self.name}' was given no forget samples: name at least one sample to forget.")
         have = {"retain": bool(context.retain), "base": context.base is not None, "unseen": bool(context.unseen)}
         for need in sorted(self.needs):
             if not have.get(need, False):
@@ -105,7 +107,7 @@ ALIASES = {"cluster_driven": "cluster"}  # the published prototype's name
 def register(entry: Method) -> Method:
     known = _METHODS.get(entry.name)
     if known is not None and _place(known.run) != _place(entry.run):
-        raise AssertionError(f"two methods are called {entry.name}")
+        raise UserError(f"two methods are called '{entry.name}': give the one in {_place(entry.run)[0]} another name.")
     _METHODS[entry.name] = entry
     return entry
 

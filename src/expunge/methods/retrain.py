@@ -35,6 +35,7 @@ def from_scratch(model: nn.Module, seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         fresh: nn.Module = type(inner)(copy.deepcopy(inner.config))
+    fresh.eval()  # as loaded models are: no dropout outside of training
     return fresh.to(device=device, dtype=next(model.parameters()).dtype)
 
 

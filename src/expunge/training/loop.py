@@ -7,11 +7,12 @@ weights, optimizer state and the step number, and a resumed run gives the same b
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,22 @@ class TrainOptions:
     precision: str = option("fp32", "bf16 runs the passes under autocast, weights stay fp32", "", ("fp32", "bf16"))
     checkpoint_every: int = option(200, "steps between checkpoints, where a work folder is given; 0 = none")
 
+    def __post_init__(self) -> None:
+        """Raises UserError for a number that no training can have, in this class's fields and in those of methods."""
+        for names, allowed, good in RANGES:
+            for name in names:
+                value = getattr(self, name, None)
+                if value is not None and not good(value):
+                    raise UserError(f"{name} = {value} cannot be: give {allowed}.")
+
+
+RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
+    (("epochs", "learning_rate", "other_learning_rate"), "a number above 0", lambda v: 0 < v < math.inf),
+    (("batch_size", "retain_batch", "micro_tokens"), "1 or more", lambda v: v >= 1),
+    (("warmup",), "a share from 0 to 1", lambda v: 0 <= v <= 1),
+    (("weight_decay", "clip", "checkpoint_every"), "0 or more", lambda v: 0 <= v < math.inf),
+)
+
 
 @dataclass(frozen=True)
 class Feed:
@@ -65,6 +82,11 @@ class Feed:
 
     def lengths(self, adapter: Adapter) -> list[int]:
         return [self.length(adapter, i) for i in range(len(self.samples))]
+
+    def digest(self) -> str:
+        """SHA-256 of ids and texts in their order, so that a checkpoint is known to be of the same data."""
+        texts = [[s.id, s.prompt, s.target] for s in (*self.samples, *(self.partners or ()))]
+        return hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode()).hexdigest()
 
 
 Item = tuple[str, int]  # role, index in its feed
@@ -110,7 +132,9 @@ class Trainer:
         items: list[Item] = [(role, i) for role in sorted(roles) for i in picks[role]]
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         items = items[rank::world]
-        lengths = [self.feeds[role].length(self.adapter, i) for role, i in items]
+        # A sample and its partner go through the model in one pass: together they have twice the length.
+        rows = {role: 1 if self.feeds[role].partners is None else 2 for role in roles}
+        lengths = [rows[role] * self.feeds[role].length(self.adapter, i) for role, i in items]
         values = dict.fromkeys(totals, 0.0)
         for group in group_by_tokens(items, lengths, self.options.micro_tokens):
             loss, parts = self._group_loss(group, chosen, totals)
@@ -231,7 +255,8 @@ def train(
     trainer = Trainer(model, adapter, feeds, terms, options, chosen, plan.steps, accelerator, around=around)
     trainer.memory = memory if memory is not None else {}
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in chosen]
-    fingerprint = {"name": name, "steps": plan.steps, "seed": seed, "options": str(options)}
+    data = {role: feed.digest() for role, feed in feeds.items()}
+    fingerprint = {"name": name, "steps": plan.steps, "seed": seed, "options": str(options), "data": data}
     if work is not None:
         _resume(trainer, work, fingerprint)
     was_training = model.training
@@ -239,24 +264,23 @@ def train(
     progress.start(name, plan.steps)
     progress.step(trainer.step)
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    with ExitStack() as after:  # also when it diverges or is interrupted
+        after.callback(progress.stop)
+        after.callback(model.train, was_training)
+        after.enter_context(torch.random.fork_rng(devices=devices))
         for step in range(trainer.step, plan.steps):
             torch.manual_seed(seed * 1_000_003 + step)  # dropout and the like: a function of the step
             rate = factor(options.schedule, step, plan.steps, options.warmup)
             for optimizer, starts in zip(chosen, peaks, strict=True):
+                optimizer.zero_grad(set_to_none=True)
                 for group, peak in zip(optimizer.param_groups, starts, strict=True):
                     group["lr"] = peak * rate
-                optimizer.zero_grad(set_to_none=True)
             picks = plan.batch(step)
             values = compute(trainer, picks) if compute is not None else trainer.gradients(picks)
-            bad = [term for term, value in values.items() if not math.isfinite(value)]
-            if bad:
-                raise UserError(
-                    f"{name} diverged at step {step + 1} of {plan.steps}: {bad[0]} is not finite. "
-                    "Use a smaller learning rate (--learning-rate) or --dtype fp32."
-                )
-            if options.clip:
-                accelerator.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], options.clip)
+            # Finite losses may have gradients that are not, so the norm before clipping is looked at too.
+            moved = [p for p in model.parameters() if p.grad is not None] if options.clip else []
+            norm = float(accelerator.clip_grad_norm_(moved, options.clip)) if moved else 0.0
+            _finite({**values, "the gradient": norm}, f"{name} diverged at step {step + 1} of {plan.steps}")
             for optimizer in chosen:
                 optimizer.step()
             trainer.step = step + 1
@@ -271,13 +295,22 @@ def train(
             if trainer.stop:
                 progress.log("stopped", task=name, step=step + 1, reason=trainer.stop)
                 break
-    progress.stop()
     for optimizer in chosen:
         optimizer.zero_grad(set_to_none=True)
-    model.train(was_training)
+    # The last step has no next loss that would show it.
+    _finite({n: float(p.detach().abs().max()) for n, p in model.named_parameters() if p.numel()}, f"{name} diverged")
     if work is not None:
         shutil.rmtree(work / "checkpoint", ignore_errors=True)
     return trainer.log
+
+
+def _finite(values: Mapping[str, float], what: str) -> None:
+    """Raises UserError that begins with ``what`` and names the first value that is not finite."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{what}: {name} is not finite; use a smaller learning rate (--learning-rate) or --dtype fp32."
+            )
 
 
 def fit(
