@@ -45,6 +45,8 @@ class Study:
     entries: Sequence[Entry]
     options: StudyOptions
     progress: Progress = field(default_factory=Progress)
+    _main_references: References | None = field(default=None, repr=False)
+    _originals: dict[int, Evaluation] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self.unseen, self.measured = split_holdout(self.dataset, self.options.calibration)
@@ -72,12 +74,13 @@ class Study:
         wanted += [f"{entry.label}/{s}" for s in self.seeds for entry in self.entries]
         if all(self.has(f"main/{name}") for name in wanted):
             return
-        references = self.references(self.measured, options.references, "main")
+        references = self.main_references()
         if not self.has("main/base/0"):
             self._store("main/base/0", anchor("base", 0), self.evaluate(self.shop.base(), self.measured, references))
         for seed in self.seeds:
             original = self.shop.original(self.dataset, seed)
             start = self.original_row(f"main/original/{seed}", original, seed, self.measured, references)
+            self._originals[seed] = start
             for name, make in (("identity", copy.deepcopy), ("random-edit", lambda m, s=seed: random_edit(m, s))):
                 if not self.has(f"main/{name}/{seed}"):
                     self.progress.say(f"main/{name}/{seed}")
@@ -95,6 +98,12 @@ class Study:
                     references,
                     start,
                 )
+
+    def main_references(self) -> References:
+        """The references of the whole forget set, measured once."""
+        if self._main_references is None:
+            self._main_references = self.references(self.measured, self.options.references, "main")
+        return self._main_references
 
     def references(self, dataset: Dataset, count: int, study: str, suffix: str = "") -> References:
         """Retrained models, measured against each other; their rows are written on the way."""
@@ -132,6 +141,13 @@ class Study:
             progress=self.progress,
         )
 
+    def original_evaluation(self, seed: int) -> Evaluation:
+        """The original of a seed on the main forget set."""
+        if seed not in self._originals:
+            original = self.shop.original(self.dataset, seed)
+            self._originals[seed] = self.evaluate(original, self.measured, self.main_references(), "self", seed)
+        return self._originals[seed]
+
     def original_row(
         self,
         key: str,
@@ -161,7 +177,7 @@ class Study:
             keys = [f"size/{e.label}/{s}@{size}" for s in self.seeds for e in self.entries]
             if all(self.has(k) for k in keys):
                 continue
-            references = self.references(measured, 1, "size", f"~{size}")
+            references = self.references(measured, 2, "size", f"~{size}")
             for seed in self.seeds:
                 original = self.shop.original(self.dataset, seed)
                 start = self.original_row(f"size/original/{seed}@{size}", original, seed, measured, references, size)
@@ -187,6 +203,7 @@ class Study:
                 if all(self.has(k) for k in keys):
                     continue
                 model = copy.deepcopy(self.shop.original(self.dataset, seed))
+                start: Evaluation | None = None
                 earlier: list[Sample] = []
                 gone: set[str] = set()
                 for k, request in enumerate(requests):
@@ -194,6 +211,12 @@ class Study:
                     retain = tuple(s for s in request["retain"] if s.id not in gone)
                     now = replace(request, roles={**request.roles, "retain": retain})
                     _, measured = split_holdout(now, self.options.calibration)
+                    # After the last request everything of the main forget set is gone: its references compare.
+                    last = k + 1 == len(requests)
+                    references = self.main_references() if last else None
+                    if last:
+                        measured = self.measured
+                        start = self.original_evaluation(seed)
                     made = self.method_row(
                         keys[k],
                         entry,
@@ -202,8 +225,8 @@ class Study:
                         seed,
                         now,
                         measured,
-                        None,
-                        None,
+                        references,
+                        start,
                         position=k + 1,
                         earlier=tuple(earlier),
                         requests=requests[: k + 1],
@@ -280,6 +303,8 @@ class Study:
             self.progress.say(f"{key} failed: {error}")
             results.write_row(self.run, key, {**common, "failed": str(error), "metrics": {}, "cost": {}, "samples": []})
             return None
+        if in_place and outcome.model is not model:  # a method that makes a new model; the next request starts from it
+            model.load_state_dict(outcome.model.state_dict())
         evaluation = self.evaluate(outcome.model, measured, references, start, seed)
         extra = results.request_metrics(outcome.model, self.shop.adapter, requests)
         if self.options.keep_models:
