@@ -52,6 +52,11 @@ def numbers(closed: float, damage: float, rng: random.Random, noise: float = 0.0
     }
 
 
+def definition(name: str) -> str:
+    stem, _, role = name.rpartition(".")
+    return f"{stem if (stem and role in ('forget', 'retain', 'utility')) or 'request' in role else name}/1"
+
+
 def _row(method: str, kind: str, seed: int, values: dict[str, float], **more: Any) -> dict[str, Any]:
     return {
         "model": f"{method}/{seed}",
@@ -60,7 +65,7 @@ def _row(method: str, kind: str, seed: int, values: dict[str, float], **more: An
         "study": "main",
         "position": None,
         "seed": seed,
-        "metrics": {k: measure(v, 0.03, FORGET if "forget" in k else RETAIN, f"{k}/1") for k, v in values.items()},
+        "metrics": {k: measure(v, 0.03, FORGET if "forget" in k else RETAIN, definition(k)) for k, v in values.items()},
         "cost": {},
         "notes": [],
         "properties": {},
@@ -156,6 +161,14 @@ def results(seed: int = 7) -> dict[str, Any]:
         "curves": curves,
         "warnings": ["2 of 40 forget samples have no paraphrase: they are left out of truth_ratio.forget"],
     }
+
+
+def small() -> dict[str, Any]:
+    """The main study of :func:`results` with two methods and one seed, without curves."""
+    content = results()
+    keep = {*KINDS, "cluster", "npo"}
+    rows = [row for row in content["rows"] if row["method"] in keep and row["study"] == "main" and row["seed"] == 0]
+    return {**content, "rows": rows, "summary": summarise(rows), "curves": [], "seeds": [0]}
 
 
 FIRST = ("Ada", "Bela", "Cyrus", "Dana")

@@ -69,7 +69,7 @@ ENTRIES: tuple[Entry, ...] = (
           "samples", "privacy", "reference"),
     Entry(r"relearn\.(?P<x>[\w]+)", "relearned", "measured after fine-tuning on a few forget or related samples; a "
           "ratio compares with the retrained model under the same fine-tuning", "robustness", "reference"),
-    Entry(r"(?P<x>quant\w*)\.(?P<y>\w+)", "quantized", "measured again after the weights were rounded to the number "
+    Entry(r"quant\w*\..+", "quantized", "measured again after the weights were rounded to the number "
           "of bits in the name", "robustness", "reference"),
     Entry(r"(prune\w*|noise\w*|prompt\w*|jailbreak\w*|probe\w*)(\..*)?", "attacked", "measured again under the "
           "attack in the name", "robustness", "reference"),
@@ -114,6 +114,12 @@ def understand(name: str) -> Metric:
             continue
         parts = [part.replace("_", " ") for part in match.groupdict().values() if part]
         label = f"{entry.label} ({', '.join(parts)})" if parts else entry.label
+        if bits := re.fullmatch(r"quant(\d*)\w*\.(.+)", stem):
+            label = (
+                f"{understand(bits[2]).label} at {bits[1]} bits"
+                if bits[1]
+                else f"{understand(bits[2]).label} quantized"
+            )
         group = entry.group or by_role
         ideal = entry.ideal or ("reference" if role == "forget" else entry.better if role else None)
         return Metric(name, stem, role, f"{label}, {role}" if role else label, group, ideal, entry.formula)
@@ -122,10 +128,20 @@ def understand(name: str) -> Metric:
     return Metric(name, stem, role, f"{plain}, {role}" if role else plain, by_role, unknown_ideal, "")
 
 
+def prose(name: str) -> str:
+    """The metric's label inside a sentence.
+
+    >>> prose("prob.forget"), prose("quant4.prob.forget"), prose("model_utility")
+    ('probability on the forget set', 'probability at 4 bits on the forget set', 'model utility')
+    """
+    metric = understand(name)
+    return metric.label.replace(f", {metric.role}", f" on the {metric.role} set") if metric.role else metric.label
+
+
 _ORDER = [
     *("tv.forget", "prob.forget", "rouge.forget", "forget_quality.ks_distance", "forget_quality.p_value"),
     *("truth_ratio.forget", "loss.forget", "accuracy.forget"),
-    *("model_utility", "prob.retain", "rouge.retain", "accuracy.retain", "perplexity.utility", "tv.retain"),
+    *("model_utility", "perplexity.utility", "prob.retain", "rouge.retain", "accuracy.retain", "tv.retain"),
 ]
 # Distances to the retrained model, the one to rank by first
 PRIMARY = ("tv.forget", "js.forget", "kl.forget", "forget_quality.ks_distance", "prob.forget", "loss.forget")

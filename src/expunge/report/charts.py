@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from expunge.report.catalogue import understand
-from expunge.report.drawing import GRID, INK, MUTED, PAPER, label_points, look, new_figure
+from expunge.report.drawing import GRID, INK, MUTED, PAPER, label_points, look, new_figure, short
 from expunge.report.schema import CONTROLS, Measure, Summary
 from expunge.report.view import View
 from expunge.report.wording import number
@@ -81,9 +82,10 @@ def _label(
     texts: list[str],
     colours: list[str],
     marks: list[tuple[Measure, Measure]],
+    lines: list[tuple[float, float, float, float]],
 ) -> None:
-    """Names beside the points, clear of every interval bar."""
-    bars = []
+    """Names beside the points, clear of every interval bar and of the guide ``lines``."""
+    bars = list(lines)
     for x, y in marks:
         assert x.value is not None and y.value is not None
         for ends, across in ((bar(x), True), (bar(y), False)):
@@ -123,6 +125,9 @@ def forgetting_retention(view: View) -> Chart | None:
     turn = -1.0 if keep.ideal == "low" else 1.0
     runs = [(d.value or 0.0, turn * (k.value or 0.0)) for e, d, k in found if e.kind in ("method", *CONTROLS)]
     front = pareto(runs)
+    guides = []
+    for (x0, y0), (x1, y1) in pairwise(front):
+        guides += [(x0, turn * y0, x1, turn * y0), (x1, min(turn * y0, turn * y1), x1, max(turn * y0, turn * y1))]
     if len(front) > 1:
         xs, ys = zip(*front, strict=True)
         axes.step(xs, [turn * y for y in ys], where="post", color=MUTED, linewidth=1, linestyle=(0, (4, 2)))
@@ -132,7 +137,7 @@ def forgetting_retention(view: View) -> Chart | None:
     for entry, away, kept in found:
         _mark(axes, away, kept, style_of(view, entry.method, entry.kind))
     axes.set_xlabel(f"{understand(view.primary).label}: distance to the retrained model (0 = like retrained)")
-    axes.set_ylabel(keep.label)
+    axes.set_ylabel(short(keep.label, 40))
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     axes.margins(y=0.12)
     if turn < 0:
@@ -140,9 +145,10 @@ def forgetting_retention(view: View) -> Chart | None:
     _label(
         axes,
         [(away.value or 0.0, kept.value or 0.0) for _, away, kept in found],
-        ["retrained" if entry.kind == "reference" else entry.method for entry, _, _ in found],
+        ["retrained" if entry.kind == "reference" else short(entry.method) for entry, _, _ in found],
         [colour_of(view, entry) for entry, _, _ in found],
         [(away, kept) for _, away, kept in found],
+        guides,
     )
     caption = (
         "Left is closer to retraining, up is better kept. Bars: 95 % intervals. Star and band: retrained models. "
@@ -190,16 +196,16 @@ def distance_dots(view: View) -> Chart | None:
                 mark["marker"],
                 color=mark["color"],
                 markersize=4.5,
-                label=None if drawn else understand(name).label,
+                label=None if drawn else short(understand(name).label, 40),
             )
             drawn = True
     for i in range(1, len(entries)):
         axes.axhline(i - 0.5, color=GRID, linewidth=0.6)
-    axes.set_yticks(range(len(entries)), [entry.method for entry in entries])
+    axes.set_yticks(range(len(entries)), [short(entry.method) for entry in entries])
     axes.set_ylim(len(entries) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("← knows less        0 = retrained, 1 = original        remembers more →")
+    axes.set_xlabel("← knows less  ·  0 = retrained  ·  1 = original  ·  remembers more →")
     figure.legend(loc="outside upper left", ncols=2, handletextpad=0.2, columnspacing=1.2)
     caption = (
         "Each forget-set metric minus its value on the retrained model, divided by what that difference is for the "
@@ -242,9 +248,10 @@ def cost_quality(view: View) -> Chart | None:
     _label(
         axes,
         list(zip(costs, values, strict=True)),
-        [entry.method for entry, _, _ in found],
+        [short(entry.method) for entry, _, _ in found],
         [colour_of(view, entry) for entry, _, _ in found],
         [(cost, gap) for _, cost, gap in found],
+        [(RETRAINING_BUDGET, axes.get_ylim()[0], RETRAINING_BUDGET, axes.get_ylim()[1])],
     )
     caption = "Up is closer to retraining (1 = like retrained, 0 = untouched), left is cheaper. Bars: 95 % intervals."
     return Chart("cost-quality", "Quality against cost", caption, figure)
@@ -281,11 +288,11 @@ def utility_bars(view: View) -> Chart | None:
         axes.annotate(number(values[i]), (right, i), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
     if view.original is not None and (before := view.original.metrics.get(name)) and before.value is not None:
         axes.axvline(before.value, color=INK, linewidth=0.9, linestyle=(0, (4, 2)))
-    axes.set_yticks(range(len(entries)), ["retrained" if e.kind == "reference" else e.method for e in entries])
+    axes.set_yticks(range(len(entries)), ["retrained" if e.kind == "reference" else short(e.method) for e in entries])
     axes.set_ylim(len(entries) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(understand(name).label + (" (logarithmic)" if wide else ""))
+    axes.set_xlabel(short(understand(name).label, 40) + (" (logarithmic)" if wide else ""))
     caption = (
         "Lower is better. Dashed: the original before unlearning. Lines: 95 % intervals. Paler: anchors, controls."
     )
@@ -319,7 +326,7 @@ def loss_distributions(view: View) -> Chart | None:
                 ordered = np.sort(np.asarray(data))
                 share = np.arange(1, len(ordered) + 1) / len(ordered)
                 axes.step(ordered, share, where="post", color=colour, linestyle=dash, linewidth=width)
-        axes.set_title(f"{entry.method} (n = {len(values)})", loc="left", color=colour_of(view, entry), pad=3)
+        axes.set_title(f"{short(entry.method)} (n = {len(values)})", loc="left", color=colour_of(view, entry), pad=3)
         axes.set_ylim(0, 1.02)
     for axes in panels[len(found) :]:
         axes.set_visible(False)

@@ -83,6 +83,16 @@ def look(index: int) -> dict[str, Any]:
     }
 
 
+def short(name: str, limit: int = 24) -> str:
+    """A name that fits into a figure: one line, printable, cut with an ellipsis.
+
+    >>> short("a" * 30, 5), short("two\\nlines")
+    ('aaaa…', 'two lines')
+    """
+    clean = "".join(c if c.isprintable() else " " for c in name)
+    return clean if len(clean) <= limit else clean[: limit - 1] + "…"
+
+
 def to_svg(figure: Figure, name: str) -> str:
     """The figure as SVG text, the same bytes for the same figure."""
     import matplotlib
@@ -255,6 +265,13 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
             color=colour,
             va="center",
             ha="left",
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "shrinkA": 1, "shrinkB": 1},
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.5,
+                "shrinkA": 1,
+                "shrinkB": 1,
+                "relpos": (0, 0.5),
+            },
             annotation_clip=False,
         )

@@ -42,16 +42,20 @@ def json_island(content: Any) -> Markup:
     return Markup(text)
 
 
+def _hundredths(share: float) -> str:
+    return f"{100 * share:.0f}" if abs(share) >= 0.1 or share == 0 else f"{100 * share:.2g}"
+
+
 def _show(cell: Cell) -> str:
     assert cell.measure is not None and cell.measure.value is not None
-    return f"{100 * cell.measure.value:.3g} %" if cell.share else number(cell.measure.value)
+    return f"{_hundredths(cell.measure.value)} %" if cell.share else number(cell.measure.value)
 
 
 def _ends(cell: Cell) -> str:
     measure = cell.measure
     if measure is None or measure.low is None or measure.high is None:
         return ""
-    return f"[{100 * measure.low:.3g}, {100 * measure.high:.3g}]" if cell.share else interval(measure)
+    return f"[{_hundredths(measure.low)}, {_hundredths(measure.high)}]" if cell.share else interval(measure)
 
 
 def _sort_key(cell: Cell) -> str:
@@ -92,15 +96,18 @@ def to_html(view: View, charts: Sequence[tuple[Chart, str]]) -> str:
     """The page; ``charts`` are figures with their SVG text."""
     script = (HERE / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    packed = pack(view.samples.rows)
+    packed = pack(view.samples.rows, [entry.method for entry in (*view.ranked, *view.main)])
     tables = {study: study_table(view, study) for study in ("sequential", "size")}
     lines = {line.name: line for line in board(view).lines}
     names, verdict_lines = verdict_table(view)
     context: dict[str, Any] = {
         "title": view.results.title or "Results",
         "headline": headline(view),
-        "warnings": [text[:1].upper() + text[1:] for text in warnings(view)],
-        "paragraphs": [(lines[entry.method], paragraph(view, entry)) for entry in view.ranked],
+        "warnings": warnings(view),
+        "paragraphs": [
+            (lines[entry.method], text := paragraph(view, entry), [note for note in entry.notes if note not in text])
+            for entry in view.ranked
+        ],
         "ran": ran(view),
         "board": _first_of_group(board(view)),
         "full": _first_of_group(board(view, full=True)),

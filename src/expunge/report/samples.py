@@ -75,17 +75,19 @@ def number_names(rows: Sequence[dict[str, Any]]) -> list[str]:
     return first + [name for name in names if name not in first]
 
 
-def pack(rows: Sequence[dict[str, Any]], limit: int = EMBED_LIMIT) -> dict[str, Any]:
+def pack(rows: Sequence[dict[str, Any]], methods: Sequence[str] = (), limit: int = EMBED_LIMIT) -> dict[str, Any]:
     """Rows as columns for the page: texts once per sample, numbers rounded to 5 digits.
 
     ``{"numbers": [name], "models": [[model, method, seed]], "texts": [[id, subject, role, prompt, target]],
-    "rows": [[text, model, verdict, generated, number…]], "total": int}``. When there are more than ``limit`` rows,
-    forget samples and those still remembered are kept first.
+    "rows": [[text, model, verdict, generated, number…]], "total": int}``. Rows come in the order of ``methods``, the
+    forget set first. When there are more than ``limit``, forget samples and those still remembered are kept.
     """
+    place = {method: i for i, method in reversed(list(enumerate(methods)))}
     kept = list(rows)
     if len(kept) > limit:
         kept.sort(key=lambda r: (FIRST_ROLES.get(str(r.get("role")), 4), r.get("verdict") != "still-remembered"))
         kept = kept[:limit]
+    kept.sort(key=lambda r: (place.get(str(r.get("method")), len(place)), FIRST_ROLES.get(str(r.get("role")), 4)))
     numbers = number_names(kept)
     texts: dict[tuple[str, ...], int] = {}
     models: dict[tuple[str, str, str], int] = {}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from expunge.report.catalogue import REQUEST, understand
 from expunge.report.charts import MAIN_CHARTS, Chart, style_of
-from expunge.report.drawing import SERIES, label_ends, new_figure
+from expunge.report.drawing import SERIES, label_ends, new_figure, short
 from expunge.report.schema import Measure, Summary
 from expunge.report.view import View
 
@@ -68,7 +68,7 @@ def persistence(view: View) -> Chart | None:
         axes.set_yticks(range(len(requests)), [str(i) for i in requests])
         axes.grid(visible=False)
         axes.tick_params(length=0)
-        axes.set_title(method, loc="left", pad=3)
+        axes.set_title(short(method), loc="left", pad=3)
     for axes in panels[len(cells) :]:
         axes.set_visible(False)
     for axes in panels[max(0, len(cells) - columns) : len(cells)]:
@@ -102,9 +102,9 @@ def _lines(view: View, entries: Sequence[Summary], names: Sequence[str], xlabel:
             if len(band) > 1:
                 where, lows, highs = zip(*band, strict=True)
                 axes.fill_between(where, lows, highs, color=look["color"], alpha=0.12, linewidth=0)
-            label = "retrained" if found[0].kind == "reference" else found[0].method
+            label = "retrained" if found[0].kind == "reference" else short(found[0].method)
             ends.append((xs[-1], ys[-1], label, str(look["color"])))
-        axes.set_ylabel(understand(name).label)
+        axes.set_ylabel(short(understand(name).label, 32))
         if log:
             axes.set_xscale("log")
         label_ends(axes, ends)
@@ -187,7 +187,7 @@ def training_curves(view: View) -> Chart | None:
                 alpha=1 if leads else 0.45,
             )
             if leads:
-                ends.append((xs[-1], ys[-1], method, str(look["color"])))
+                ends.append((xs[-1], ys[-1], short(method), str(look["color"])))
         if positive and max(positive) > 100 * min(positive):
             axes.set_yscale("log")
         axes.set_ylabel(f"{field.split('_')[0]} loss, nats")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ from expunge.report.catalogue import GROUPS, REQUEST, Metric, understand
 from expunge.report.samples import VERDICTS
 from expunge.report.schema import CONTROLS, Measure, Summary
 from expunge.report.view import View
-from expunge.report.wording import KIND_NAMES, cost_label, flags
+from expunge.report.wording import KIND_NAMES, cost_label, evidence, flags
 from expunge.stats import wilson
 
 GROUP_TITLES = {
@@ -21,7 +22,7 @@ GROUP_TITLES = {
     "other": "Other",
     "cost": "Cost",
 }
-LEADING = {"forgetting": 4, "retention": 3, "privacy": 2, "robustness": 2, "other": 2, "cost": 3}
+LEADING = {"forgetting": 3, "retention": 2, "privacy": 1, "robustness": 1, "other": 1, "cost": 2}
 COSTS = ("share_of_retraining", "wall_s", "peak_mib", "cpu_s", "flops", "parameters_changed")
 
 
@@ -41,7 +42,7 @@ class Column:
     label: str
     group: str
     ideal: str | None = None
-    evidence: str = ""  # n and seeds, when they are the same in the whole column
+    evidence: str = ""  # n and seeds of most cells
     first: bool = False  # begins a group: gets a line before it
 
 
@@ -80,6 +81,8 @@ def _properties(view: View, entry: Summary) -> dict[str, Any]:
 
 def _line(view: View, entry: Summary) -> Line:
     tag = KIND_NAMES.get(entry.kind, entry.kind)
+    if not any(m.value is not None for m in entry.metrics.values()):
+        tag = "failed"
     shown = flags(_properties(view, entry)) if entry.kind == "method" else []
     return Line(entry.method, entry.kind, tag, entry.kind in CONTROLS, shown, [], entry.notes)
 
@@ -95,10 +98,9 @@ def _cell(view: View, entry: Summary, metric: Metric) -> Cell:
 
 
 def _shared_evidence(cells: Sequence[Cell]) -> str:
-    from expunge.report.wording import evidence
-
-    found = {evidence(cell.measure) for cell in cells if cell.measure is not None}
-    return found.pop() if len(found) == 1 else ""
+    """The commonest n and seeds of a column stand in its head; cells that differ say so themselves."""
+    found = Counter(evidence(cell.measure) for cell in cells if cell.measure is not None)
+    return found.most_common(1)[0][0] if found else ""
 
 
 def board(view: View, full: bool = False) -> Table:
@@ -125,6 +127,8 @@ def board(view: View, full: bool = False) -> Table:
         add(Column("gap", label, "forgetting", "high"), cells)
     for group in GROUPS:
         of_group = [metric for metric in view.metrics if metric.group == group]
+        if not full:  # the share of the gap already says what the metric behind it says
+            of_group = [metric for metric in of_group if metric.name != view.primary]
         for metric in of_group if full else of_group[: LEADING[group]]:
             label = metric.label
             add(Column(metric.name, label, group, metric.ideal), [_cell(view, entry, metric) for entry in entries])

@@ -144,7 +144,7 @@ class View:
 
     def gap(self, entry: Summary, name: str) -> Measure | None:
         """Share of the original's distance on this metric that the entry closed."""
-        if self.original is None:
+        if self.original is None or self.reference is None:
             return None
         far = self.distance(self.original, name)
         return gap_closed(far.value if far else None, self.distance(entry, name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from expunge.report.catalogue import understand
+from expunge.report.catalogue import prose, understand
 from expunge.report.schema import CONTROLS, Measure, Summary
 from expunge.report.view import View
 
@@ -35,6 +35,8 @@ def number(value: float | None) -> str:
     """
     if value is None:
         return "–"
+    if value < 0:
+        return "−" + number(-value)
     if value == 0:
         return "0"
     size = abs(value)
@@ -110,8 +112,7 @@ def headline(view: View) -> str:
     """The answer in one sentence: which method is closest to retraining, and how sure that is."""
     methods, primary = view.methods, view.primary
     controls = [entry.method for entry in view.ranked if entry.kind in CONTROLS]
-    tail = f" {listing(controls).capitalize()} {'is a control row' if len(controls) == 1 else 'are control rows'}."
-    tail = tail if controls else ""
+    tail = f" Control row{'s' if len(controls) > 1 else ''}: {listing(controls)}." if controls else ""
     if not methods:
         return "No unlearning method stands in the main study of this run." + tail
     if primary is None:
@@ -131,7 +132,7 @@ def headline(view: View) -> str:
         if other.high >= gap.low
     ]
     if rivals:
-        sentence += f" Within its interval: {listing(rivals)}."
+        sentence += f" By these intervals not told apart from it: {listing(rivals)}."
     return sentence + tail
 
 
@@ -172,7 +173,7 @@ def _forgot(view: View, entry: Summary) -> str:
         if raw is None:
             return ""
         value = entry.metrics[raw]
-        return f"{understand(raw).label} {number(value.value)} {interval(value)} ({evidence(value)})".strip()
+        return f"{prose(raw)} {number(value.value)} {interval(value)} ({evidence(value)})".strip()
     gap = view.gap(entry, primary)
     if gap is None or gap.value is None:
         return ""
@@ -190,7 +191,7 @@ def _forgot(view: View, entry: Summary) -> str:
         side = (
             "as retrained" if inside else "remembers more than retrained" if remembers else "knows less than retrained"
         )
-        text += f"; {understand(raw).label} {number(mine.value)} against {number(target.value)}: {side}"
+        text += f"; {prose(raw)} {number(mine.value)} against {number(target.value)}: {side}"
     return text
 
 
@@ -198,7 +199,7 @@ def _kept(view: View, entry: Summary) -> str:
     name = view.retention
     if name is None or name not in entry.metrics or entry.metrics[name].value is None:
         return ""
-    text = f"{understand(name).label} {number(entry.metrics[name].value)} {interval(entry.metrics[name])}".rstrip()
+    text = f"{prose(name)} {number(entry.metrics[name].value)} {interval(entry.metrics[name])}".rstrip()
     before = view.original.metrics.get(name) if view.original else None
     return text if before is None or entry.kind == "original" else f"{text} against {number(before.value)} before"
 
@@ -215,7 +216,7 @@ def _returns(view: View, entry: Summary) -> str:
     name = max(found)[1]
     target = view.target(name)
     assert target is not None
-    return f"{understand(name).label} {number(entry.metrics[name].value)} against {number(target.value)} retrained"
+    return f"{prose(name)} {number(entry.metrics[name].value)} against {number(target.value)} retrained"
 
 
 def _cost(entry: Summary) -> str:
