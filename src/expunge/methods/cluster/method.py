@@ -81,6 +81,7 @@ def proxy_model(context: Context, options: ClusterOptions) -> nn.Module:
     fit(model, context.adapter, context.retain, settings, seed=seed, work=work, progress=context.progress, name="proxy")
     if kept is not None and work is not None:
         part = kept.with_suffix(".part")
+        part.parent.mkdir(parents=True, exist_ok=True)  # a training shorter than a checkpoint leaves no folder
         # Batch normalisation keeps its statistics in buffers.
         buffers = {n: b.detach().clone() for n, b in model.named_buffers()}
         save_file(weights(model) | buffers, part)
