@@ -30,7 +30,7 @@ GENERATED_ROLES: tuple[Role, ...] = ("forget", "retain", "utility")
 SPLIT_SEED = 0  # one split for every model, so that relearning is compared on the same samples
 DEFAULTS: dict[str, dict[str, int]] = {
     "quick": {"generations": 0, "limit": 200, "relearn_steps": 0, "quantize_bits": 0},
-    "standard": {"generations": 40, "limit": 0, "relearn_steps": 50, "quantize_bits": 4},
+    "standard": {"generations": 30, "limit": 200, "relearn_steps": 50, "quantize_bits": 4},
     "full": {"generations": 400, "limit": 0, "relearn_steps": 50, "quantize_bits": 4},
 }
 
