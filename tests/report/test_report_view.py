@@ -46,6 +46,10 @@ def test_gap_closed_by_hand() -> None:
     assert gap is not None
     assert (gap.value, gap.low, gap.high) == pytest.approx((0.75, 0.5, 0.875))
     assert gap_closed(0.0, Measure(value=0.2)) is None
+    floored = gap_closed(0.8, Measure(value=0.2, low=0.1, high=0.4), floor=0.2)
+    assert floored is not None
+    assert (floored.value, floored.low, floored.high) == pytest.approx((1.0, 0.4 / 0.6, 0.7 / 0.6))
+    assert gap_closed(0.3, Measure(value=0.2), floor=0.3) is None
     further = gap_closed(0.5, Measure(value=1.0))
     assert further is not None and further.value == pytest.approx(-1.0)
 
@@ -63,6 +67,18 @@ def test_over_forgetting_does_not_win() -> None:
     assert headline(view).startswith("Closest to retraining on the forget set: honest (probability gap closed 80 %")
     assert "remembers more than retrained" in paragraph(view, view.ranked[0])
     assert "knows less than retrained" in paragraph(view, view.ranked[1])
+
+
+def test_the_runs_own_share_of_the_gap_is_used_when_all_have_it() -> None:
+    rows = [row("original", "original", tv__forget=0.8), row("reference", "reference", tv__forget=0.2)]
+    rows += [row("a", "method", tv__forget=0.5, tv__gap_closed=0.51), row("b", "method", tv__forget=0.5)]
+    view = view_of(rows)
+    gaps = [view.gap(entry, "tv.forget") for entry in view.ranked]
+    assert [g.value for g in gaps if g] == pytest.approx([0.5, 0.5])
+    rows[-1]["metrics"]["tv.gap_closed"] = 0.53
+    view = view_of(rows)
+    gaps = [view.gap(entry, "tv.forget") for entry in view.ranked]
+    assert [g.value for g in gaps if g] == pytest.approx([0.53, 0.51])
 
 
 def test_summary_is_made_from_rows_when_missing() -> None:
@@ -185,6 +201,10 @@ def test_pack_keeps_forget_samples_when_it_must_choose() -> None:
         ("mia.min_k.auc", "privacy", "reference"),
         ("relearn.loss_ratio", "robustness", "reference"),
         ("quant4.prob.forget", "robustness", "reference"),
+        ("quant4.retain_ratio", "robustness", "high"),
+        ("quant4.mia.loss.gap", "robustness", "zero"),
+        ("mia.zlib.gap", "privacy", "zero"),
+        ("rouge_l.forget", "forgetting", "reference"),
         ("something.new", "other", None),
         ("something.forget", "forgetting", "reference"),
     ],

@@ -34,6 +34,10 @@ class Entry:
 ENTRIES: tuple[Entry, ...] = (
     Entry("tv", "total variation", "TV = ½ Σ_v |p(v) − p_ref(v)| over the vocabulary, mean over target positions "
           "and samples; 0 = the same predictions as the retrained model", None, "zero"),
+    Entry(r"tv\.gap_closed", "gap closed", "(TV(original) − TV) / (TV(original) − floor), the floor being the total "
+          "variation between two retrained models", "forgetting", "high"),
+    Entry(r"tv\.floor", "floor of total variation", "total variation between two retrained models that differ by "
+          "their seed: nothing can be expected to come closer", "forgetting", None),
     Entry("kl", "KL divergence", "KL = Σ_v p_ref(v) log(p_ref(v) / p(v)) in nats, mean over target positions and "
           "samples; 0 = the same predictions", None, "zero"),
     Entry("js", "Jensen-Shannon", "JS = ½ KL(p ‖ m) + ½ KL(p_ref ‖ m), m = ½ (p + p_ref), in nats", None, "zero"),
@@ -47,6 +51,14 @@ ENTRIES: tuple[Entry, ...] = (
           "answer | q); TOFU, arXiv 2401.06121, eq. 1"),
     Entry(r"forget_quality\.ks.*", "KS distance", "largest vertical gap between the distributions of the truth ratio "
           "on forget under this model and under the retrained model", "forgetting", "zero"),
+    Entry(r"kfr.*", "knowledge forgotten", "share of the forget questions whose answer no longer carries the fact; "
+          "ReLearn, 2025", "forgetting", "reference"),
+    Entry("krr", "knowledge kept", "share of the retain questions whose answer still carries the fact; ReLearn, 2025",
+          "retention", "high"),
+    Entry("ls|linguistic_score", "linguistic score", "harmonic mean of perplexity, Brunet's and Honoré's scores of the "
+          "answers; ReLearn, 2025", "retention", "high"),
+    Entry("retain_ratio", "retain ratio", "probability of the retain samples divided by that of the retrained model, "
+          "mean over samples", "retention", "high"),
     Entry(r"forget_quality(\.p_value)?", "forget quality p", "p-value of the two-sample Kolmogorov-Smirnov test on "
           "the truth ratios of this model and the retrained model; small = told apart", "forgetting", "high"),
     Entry("model_utility.*", "model utility", "harmonic mean of probability, ROUGE-L recall and truth ratio over the "
@@ -55,6 +67,8 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("accuracy|acc", "accuracy", "share of samples whose most probable class is the true one"),
     Entry(r"mia\.(?P<x>[\w+-]+)\.auc", "membership AUC", "area under the ROC curve of the attack's score, forget "
           "against holdout samples; the retrained model's AUC is the target, 0.5 = chance", "privacy", "reference"),
+    Entry(r"mia\.(?P<x>[\w+-]+)\.gap", "membership gap", "|AUC − AUC of the retrained model| of the attack",
+          "privacy", "zero"),
     Entry(r"mia\.(?P<x>[\w+-]+)\.tpr.*", "membership TPR", "true positive rate of the attack at the false positive "
           "rate in the name; forget = positive, holdout = negative", "privacy", "reference"),
     Entry(r"mia.*|membership.*", "membership", "score of a membership attack, forget against holdout", "privacy",
@@ -114,15 +128,18 @@ def understand(name: str) -> Metric:
             continue
         parts = [part.replace("_", " ") for part in match.groupdict().values() if part]
         label = f"{entry.label} ({', '.join(parts)})" if parts else entry.label
+        ideal = entry.ideal or ("reference" if role == "forget" else entry.better if role else None)
+        formula = entry.formula
         if bits := re.fullmatch(r"quant(\d*)\w*\.(.+)", stem):
+            inner = understand(bits[2] + (f".{role}" if role else ""))
+            ideal, formula = inner.ideal, f"{inner.formula}; {entry.formula}"
             label = (
                 f"{understand(bits[2]).label} at {bits[1]} bits"
                 if bits[1]
                 else f"{understand(bits[2]).label} quantized"
             )
         group = entry.group or by_role
-        ideal = entry.ideal or ("reference" if role == "forget" else entry.better if role else None)
-        return Metric(name, stem, role, f"{label}, {role}" if role else label, group, ideal, entry.formula)
+        return Metric(name, stem, role, f"{label}, {role}" if role else label, group, ideal, formula)
     plain = stem.replace("_", " ").replace(".", " ")
     unknown_ideal: Ideal | None = "reference" if role == "forget" else None
     return Metric(name, stem, role, f"{plain}, {role}" if role else plain, by_role, unknown_ideal, "")
@@ -139,9 +156,24 @@ def prose(name: str) -> str:
 
 
 _ORDER = [
-    *("tv.forget", "prob.forget", "rouge.forget", "forget_quality.ks_distance", "forget_quality.p_value"),
+    *(
+        "tv.forget",
+        "prob.forget",
+        "rouge.forget",
+        "rouge_l.forget",
+        "forget_quality.ks_distance",
+        "forget_quality.p_value",
+    ),
     *("truth_ratio.forget", "loss.forget", "accuracy.forget"),
-    *("model_utility", "perplexity.utility", "prob.retain", "rouge.retain", "accuracy.retain", "tv.retain"),
+    *(
+        "model_utility",
+        "perplexity.utility",
+        "prob.retain",
+        "rouge.retain",
+        "rouge_l.retain",
+        "accuracy.retain",
+        "tv.retain",
+    ),
 ]
 # Distances to the retrained model, the one to rank by first
 PRIMARY = ("tv.forget", "js.forget", "kl.forget", "forget_quality.ks_distance", "prob.forget", "loss.forget")

@@ -108,6 +108,7 @@ def to_markdown(view: View) -> str:
 
 _HOW = (
     "Value \\[95 % interval\\] (n samples, seeds). Forgetting and privacy are two-sided: the retrained model is the "
-    "target, not the smallest number. Gap closed = 1 − distance to the retrained model ÷ the original's distance; its "
-    "interval is that of the method, with original and retrained model taken as fixed."
+    "target, not the smallest number. Gap closed = (original − method) ÷ (original − floor), in distances to the "
+    "retrained model; the floor is the distance between retrained models. Unless the run resampled them together "
+    "(`tv.gap_closed`), its interval is that of the method, with original and floor taken as fixed."
 )

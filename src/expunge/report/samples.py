@@ -14,6 +14,7 @@ TEXT_FIELDS = ("model", "method", "seed", "id", "subject", "role", "prompt", "ta
 VERDICTS = ("still-remembered", "like-retrained", "over-forgotten", "not-auditable")
 EMBED_LIMIT = 20_000  # rows in the page: about 4 MB; every row stays in samples.jsonl
 TEXT_LIMIT = 4_000  # characters of one text in the page
+_FIRST_NUMBERS = ("loss", "original_loss", "reference_loss", "prob", "tv")
 FIRST_ROLES = {"forget": 0, "holdout": 1, "retain": 2, "utility": 3}
 
 
@@ -67,11 +68,11 @@ def verdict_counts(rows: Sequence[dict[str, Any]], models: Collection[str] = ())
 
 
 def number_names(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Names of the numeric fields, ``loss`` and ``prob`` first, then in order of first appearance."""
+    """Names of the numeric fields, those that the verdict rests on first, then in order of first appearance."""
     names = dict.fromkeys(
         name for row in rows for name, value in row.items() if name not in TEXT_FIELDS and _is_number(value)
     )
-    first = [name for name in ("loss", "prob") if name in names]
+    first = [name for name in _FIRST_NUMBERS if name in names]
     return first + [name for name in names if name not in first]
 
 

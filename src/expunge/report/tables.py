@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from expunge.metrics.registry import all_metrics
 from expunge.report.catalogue import GROUPS, REQUEST, Metric, understand
 from expunge.report.samples import VERDICTS
 from expunge.report.schema import CONTROLS, Measure, Summary
-from expunge.report.view import View
+from expunge.report.view import OWN_GAP, View
 from expunge.report.wording import KIND_NAMES, cost_label, evidence, flags
 from expunge.stats import wilson
 
@@ -93,7 +95,7 @@ def _cell(view: View, entry: Summary, metric: Metric) -> Cell:
         return Cell()
     gap = view.gap(entry, metric.name)
     nearness = None if gap is None or gap.value is None else max(0.0, min(1.0, gap.value))
-    delta = view.delta(entry, metric.name) if metric.ideal == "reference" and entry.kind != "reference" else None
+    delta = view.delta(entry, metric.name) if metric.ideal == "reference" else None
     return Cell(measure, delta, nearness)
 
 
@@ -128,7 +130,7 @@ def board(view: View, full: bool = False) -> Table:
     for group in GROUPS:
         of_group = [metric for metric in view.metrics if metric.group == group]
         if not full:  # the share of the gap already says what the metric behind it says
-            of_group = [metric for metric in of_group if metric.name != view.primary]
+            of_group = [metric for metric in of_group if metric.name not in (view.primary, OWN_GAP)]
         for metric in of_group if full else of_group[: LEADING[group]]:
             label = metric.label
             add(Column(metric.name, label, group, metric.ideal), [_cell(view, entry, metric) for entry in entries])
@@ -202,6 +204,15 @@ def verdict_table(view: View) -> tuple[list[str], list[VerdictLine]]:
     return names, lines
 
 
+def formula_of(definition: str, known: str) -> str:
+    """The registered formula of this very definition, else what the name tells, else that of a sibling definition."""
+    registered = {metric.definition: metric for metric in all_metrics().values()}
+    family = re.split(r"[-+/]", definition)[0]
+    siblings = [m for key, m in registered.items() if re.split(r"[-+/]", key)[0] == family]
+    found = registered.get(definition) or (None if known or not siblings else siblings[0])
+    return f"{found.formula}; {found.source}" if found else known
+
+
 def definitions(view: View) -> list[tuple[str, str, str]]:
     """Every definition in use: name, the metrics that follow it, formula; unknown formulas are left empty."""
     used: dict[str, tuple[list[str], str]] = {}
@@ -210,7 +221,7 @@ def definitions(view: View) -> list[tuple[str, str, str]]:
             match = REQUEST.match(name)
             stem = match["stem"] if match else name
             key = measure.definition or understand(stem).stem
-            names, _ = used.setdefault(key, ([], understand(stem).formula))
+            names, _ = used.setdefault(key, ([], formula_of(key, understand(stem).formula)))
             shown = f"{stem}.request_i" if match else name
             if shown not in names:
                 names.append(shown)

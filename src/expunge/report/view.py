@@ -1,9 +1,11 @@
 """What the numbers say: reference, distances, gap closed, ranking. Everything that page, Markdown and figures share.
 
-The distance of a method is two-sided: ``|value − value of the retrained model|``. The share of the original's
-distance that a method closed is ``1 − distance(method) / distance(original)``: 1 is like retrained, 0 is untouched,
-negative is further away than the original was. Its interval carries over the method's interval only; the original's
-and the reference's means are taken as fixed.
+The distance of a method is two-sided: ``|value − value of the retrained model|``; a metric that is a distance already
+is taken as it is. The share of the gap that a method closed is ``(original − method) / (original − floor)`` in
+distances, where the floor is the distance at which retrained models stand from one another (0 if unknown): 1 is like
+retrained, 0 is untouched, negative is further away than the original was. Its interval carries over the method's
+interval only, with original and floor taken as fixed; for total variation the run's own ``tv.gap_closed``, which
+resamples all of them together, is used when every row has it.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from expunge.report.samples import SampleRecord, verdict_counts
 from expunge.report.schema import ANCHORS, CONTROLS, Measure, Results, Row, Study, Summary
 from expunge.stats import seed_interval
 
+OWN_GAP = "tv.gap_closed"
 SIDE = 1e-9  # smaller differences between original and reference are rounding
 
 
@@ -38,13 +41,13 @@ def distance(metric: Metric, measure: Measure | None, reference: Measure | None)
     return measure.model_copy(update={"value": abs(measure.value - centre), "low": low, "high": high})
 
 
-def gap_closed(far: float | None, now: Measure | None) -> Measure | None:
-    """``1 − now / far`` with its interval; None when the original is not away from the reference at all."""
-    if far is None or far <= SIDE or now is None or now.value is None:
+def gap_closed(far: float | None, now: Measure | None, floor: float = 0.0) -> Measure | None:
+    """``(far − now) / (far − floor)`` with its interval; None when the original is no further than the floor."""
+    if far is None or far - floor <= SIDE or now is None or now.value is None:
         return None
-    low = None if now.high is None else 1 - now.high / far
-    high = None if now.low is None else 1 - now.low / far
-    return now.model_copy(update={"value": 1 - now.value / far, "low": low, "high": high})
+    low = None if now.high is None else (far - now.high) / (far - floor)
+    high = None if now.low is None else (far - now.low) / (far - floor)
+    return now.model_copy(update={"value": (far - now.value) / (far - floor), "low": low, "high": high})
 
 
 def summarise(rows: Sequence[Row]) -> list[Summary]:
@@ -146,8 +149,17 @@ class View:
         """Share of the original's distance on this metric that the entry closed."""
         if self.original is None or self.reference is None:
             return None
-        far = self.distance(self.original, name)
-        return gap_closed(far.value if far else None, self.distance(entry, name))
+        if name == "tv.forget" and self._own_gap:
+            return entry.metrics.get(OWN_GAP)
+        far, floor = self.distance(self.original, name), self.distance(self.reference, name)
+        base = floor.value if floor is not None and floor.value is not None else 0.0
+        return gap_closed(far.value if far else None, self.distance(entry, name), base)
+
+    @cached_property
+    def _own_gap(self) -> bool:
+        """Every method that has a total variation has the share that the run computed with it."""
+        compared = [e for e in self.study("main") if e.kind not in ANCHORS and "tv.forget" in e.metrics]
+        return bool(compared) and all((m := e.metrics.get(OWN_GAP)) and m.value is not None for e in compared)
 
     @cached_property
     def primary(self) -> str | None:
@@ -155,7 +167,15 @@ class View:
         if self.original is None or self.reference is None:
             return None
         others = [m.name for m in self.metrics if m.role == "forget" and m.group == "forgetting"]
-        return next((n for n in dict.fromkeys([*PRIMARY, *others]) if self.gap(self.original, n) is not None), None)
+        far = {n: self.distance(self.original, n) for n in dict.fromkeys([*PRIMARY, *others])}
+        near = {n: self.distance(self.reference, n) for n in far}
+
+        def apart(name: str) -> bool:
+            one, other = far[name], near[name]
+            floor = other.value if other is not None and other.value is not None else 0.0
+            return one is not None and one.value is not None and one.value - floor > SIDE
+
+        return next((name for name in far if apart(name)), None)
 
     @cached_property
     def retention(self) -> str | None:

@@ -209,8 +209,9 @@ def _returns(view: View, entry: Summary) -> str:
     found = []
     for metric in view.metrics:
         delta = view.delta(entry, metric.name)
-        if metric.group == "robustness" and delta is not None:
-            found.append((abs(delta), metric.name))
+        if metric.group == "robustness" and metric.ideal == "reference" and delta is not None:
+            far = abs(view.delta(view.original, metric.name) or 0.0) if view.original else 0.0
+            found.append((abs(delta) / far if far > 0 else 0.0, metric.name))
     if not found:
         return ""
     name = max(found)[1]
