@@ -164,7 +164,8 @@ _ORDER = [
         "forget_quality.ks_distance",
         "forget_quality.p_value",
     ),
-    *("truth_ratio.forget", "loss.forget", "accuracy.forget"),
+    *("truth_ratio.forget", "loss.forget", "accuracy.forget", "mia.loss.auc", "quant4.prob.forget"),
+    *("quant8.prob.forget", "relearn.loss_ratio", "relearn.prob"),
     *(
         "model_utility",
         "perplexity.utility",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from expunge.report.catalogue import understand
-from expunge.report.drawing import GRID, INK, MUTED, PAPER, label_points, look, new_figure, short
+from expunge.report.drawing import GRID, INK, MUTED, PAPER, label_points, log_axis, look, new_figure, short
 from expunge.report.schema import CONTROLS, Measure, Summary
 from expunge.report.view import View
 from expunge.report.wording import number
@@ -272,7 +272,7 @@ def utility_bars(view: View) -> Chart | None:
     smallest = min(v for v in values if v > 0) if any(v > 0 for v in values) else 1.0
     wide = max(values) > 30 * smallest  # a collapsed model would press every other bar to nothing
     if wide:
-        axes.set_xscale("log")
+        log_axis(axes, "x")
         axes.set_xlim(smallest / 2, max(values) * 4)
     else:
         axes.set_xlim(0, max(values) * 1.22)

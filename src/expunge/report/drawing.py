@@ -123,6 +123,16 @@ def to_inline(svg: str, name: str, label: str) -> str:
     return f'<svg role="img" aria-label="{label}" {kept.group()}' + svg[svg.index(">") :]
 
 
+def log_axis(axes: Axes, which: str) -> None:
+    """A logarithmic axis with plain numbers at the powers of ten (names of methods forbid math text)."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 _ANGLES = [math.radians(a) for a in (45, 315, 135, 225, 0, 180, 90, 270)]
 _RADII = (6.0, 9.0, 14.0, 21.0, 31.0, 43.0, 57.0, 75.0)
 
@@ -267,8 +277,8 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
             ha="left",
             arrowprops={
                 "arrowstyle": "-",
-                "color": colour,
-                "linewidth": 0.5,
+                "color": MUTED,
+                "linewidth": 0.4,
                 "shrinkA": 1,
                 "shrinkB": 1,
                 "relpos": (0, 0.5),

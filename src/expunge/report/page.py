@@ -23,7 +23,7 @@ from expunge.report.samples import pack
 from expunge.report.schema import ANCHORS
 from expunge.report.tables import Cell, Table, board, definitions, ran, study_table, verdict_table
 from expunge.report.view import View
-from expunge.report.wording import evidence, headline, interval, number, paragraph, percent, signed
+from expunge.report.wording import evidence, headline, hundredths, interval, number, paragraph, percent, signed
 
 HERE = Path(__file__).parent
 FIRST_ROWS = 25  # rows of the sample table that stand in the page itself, for readers without JavaScript
@@ -42,20 +42,16 @@ def json_island(content: Any) -> Markup:
     return Markup(text)
 
 
-def _hundredths(share: float) -> str:
-    return f"{100 * share:.0f}" if abs(share) >= 0.1 or share == 0 else f"{100 * share:.2g}"
-
-
 def _show(cell: Cell) -> str:
     assert cell.measure is not None and cell.measure.value is not None
-    return f"{_hundredths(cell.measure.value)} %" if cell.share else number(cell.measure.value)
+    return f"{hundredths(cell.measure.value)} %" if cell.share else number(cell.measure.value)
 
 
 def _ends(cell: Cell) -> str:
     measure = cell.measure
     if measure is None or measure.low is None or measure.high is None:
         return ""
-    return f"[{_hundredths(measure.low)}, {_hundredths(measure.high)}]" if cell.share else interval(measure)
+    return f"[{hundredths(measure.low)}, {hundredths(measure.high)}]" if cell.share else interval(measure)
 
 
 def _sort_key(cell: Cell) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from expunge.report.catalogue import REQUEST, understand
 from expunge.report.charts import MAIN_CHARTS, Chart, style_of
-from expunge.report.drawing import SERIES, label_ends, new_figure, short
+from expunge.report.drawing import SERIES, label_ends, log_axis, new_figure, short
 from expunge.report.schema import Measure, Summary
 from expunge.report.view import View
 
@@ -106,7 +106,7 @@ def _lines(view: View, entries: Sequence[Summary], names: Sequence[str], xlabel:
             ends.append((xs[-1], ys[-1], label, str(look["color"])))
         axes.set_ylabel(short(understand(name).label, 32))
         if log:
-            axes.set_xscale("log")
+            log_axis(axes, "x")
         label_ends(axes, ends)
     positions = sorted({e.position for found in methods.values() for e in found if e.position is not None})
     if len(positions) <= 12:
@@ -189,7 +189,7 @@ def training_curves(view: View) -> Chart | None:
             if leads:
                 ends.append((xs[-1], ys[-1], short(method), str(look["color"])))
         if positive and max(positive) > 100 * min(positive):
-            axes.set_yscale("log")
+            log_axis(axes, "y")
         axes.set_ylabel(f"{field.split('_')[0]} loss, nats")
         label_ends(axes, ends)
     panels[-1].set_xlabel("training step")

@@ -150,7 +150,9 @@ class View:
         if self.original is None or self.reference is None:
             return None
         if name == "tv.forget" and self._own_gap:
-            return entry.metrics.get(OWN_GAP)
+            own = entry.metrics.get(OWN_GAP)
+            if own is not None and own.value is not None:
+                return own
         far, floor = self.distance(self.original, name), self.distance(self.reference, name)
         base = floor.value if floor is not None and floor.value is not None else 0.0
         return gap_closed(far.value if far else None, self.distance(entry, name), base)

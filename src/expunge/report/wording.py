@@ -66,10 +66,21 @@ def percent(measure: Measure) -> str:
     """A share as percent with its interval, e.g. ``62 % [55, 69]``."""
     if measure.value is None:
         return "–"
-    ends = (
-        "" if measure.low is None or measure.high is None else f" [{100 * measure.low:.0f}, {100 * measure.high:.0f}]"
-    )
-    return f"{100 * measure.value:.0f} %{ends}"
+    known = measure.low is not None and measure.high is not None
+    ends = f" [{hundredths(measure.low or 0.0)}, {hundredths(measure.high or 0.0)}]" if known else ""
+    return f"{hundredths(measure.value)} %{ends}"
+
+
+def hundredths(share: float) -> str:
+    """A share in whole percent, in two digits when it is small, without the sign.
+
+    >>> hundredths(0.624), hundredths(0.0312), hundredths(-1.25), hundredths(-0.00001)
+    ('62', '3.1', '−125', '0')
+    """
+    size = abs(100 * share)
+    if size < 0.01:
+        return "0"
+    return ("−" if share < 0 else "") + (f"{size:.0f}" if size >= 10 else f"{size:.2g}")
 
 
 def evidence(measure: Measure) -> str:
@@ -180,7 +191,8 @@ def _forgot(view: View, entry: Summary) -> str:
     label = understand(primary).label.replace(", forget", "")
     source = f" ({evidence(gap)})" if evidence(gap) else ""
     if gap.value < 0:
-        return f"further from retraining than the original was ({label} gap closed {percent(gap)}){source}"
+        further = "further from" if gap.high is not None and gap.high < 0 else "no closer to"
+        return f"{further} retraining than the original was ({label} gap closed {percent(gap)}){source}"
     text = f"closes {percent(gap)} of the {label} gap between original and retrained{source}"
     raw = next((n for n in ("prob.forget", "loss.forget") if view.delta(entry, n) is not None), None)
     if raw is not None and (delta := view.delta(entry, raw)) is not None:
@@ -222,7 +234,7 @@ def _returns(view: View, entry: Summary) -> str:
 
 def _cost(entry: Summary) -> str:
     share = entry.cost.get("share_of_retraining")
-    return "" if share is None or share.value is None else f"cost {100 * share.value:.3g} % of retraining"
+    return "" if share is None or share.value is None else f"cost {hundredths(share.value)} % of retraining"
 
 
 def _per_sample(view: View, entry: Summary) -> str:
