@@ -56,5 +56,6 @@ def _read(value: Any, hint: Any, where: str) -> Any:
                 return kind(value)
         except (TypeError, ValueError):
             continue
-    names = " or ".join(getattr(k, "__name__", str(k)) for k in kinds if k is not type(None))
-    raise UserError(f"{where} = {value!r} is not a {names}.")
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+    names = " or ".join(words.get(k, str(k)) for k in kinds if k is not type(None))
+    raise UserError(f"{where} = {value!r} is not {names}.")

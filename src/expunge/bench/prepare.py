@@ -46,8 +46,9 @@ class Workshop:
         facts = self.folder / f"{name}.json"
         if facts.exists():
             self.costs[name] = Cost(**json.loads(facts.read_text()))
-            found = load_model(kept, device=str(next(self.loaded.model.parameters()).device))
-            return found.model
+            first = next(self.loaded.model.parameters())
+            dtype = str(first.dtype).removeprefix("torch.")  # as the base was loaded, so that a resumed study is the same
+            return load_model(kept, device=str(first.device), dtype=dtype).model
         model = self.base()
         settings = TrainOptions(
             epochs=self.options.epochs if epochs is None else epochs,
@@ -74,8 +75,9 @@ class Workshop:
         return self.trained(f"reference-{number}{suffix}", dataset["retain"], 1000 + number)
 
     def retraining(self) -> Cost | None:
-        """Mean cost of the references."""
-        costs = [cost for name, cost in self.costs.items() if name.startswith("reference-") and "~" not in name]
+        """Mean cost of the references of the main forget set; a resumed study knows those of its first attempt."""
+        kept = [p for p in sorted(self.folder.glob("reference-*.json")) if "~" not in p.name]
+        costs = [Cost(**json.loads(p.read_text())) for p in kept]
         if not costs:
             return None
         mean = Cost(flops=sum(c.flops for c in costs) / len(costs), wall_s=sum(c.wall_s for c in costs) / len(costs))

@@ -46,6 +46,7 @@ VERBS: tuple[Verb, ...] = (
         "Compare methods over seeds with retrained references: who comes closest, at what cost.",
     ),
     Verb("train", "Train an original, a reference or a base; a killed training goes on where it stopped."),
+    Verb("report", "Rebuild results.md and report.html of run folders from the per-sample record."),
     Verb("ls", "List the methods, attacks, metrics, datasets or models that can be named."),
     Verb("show", "Show one method, attack, metric, dataset or model: properties, formula, options, paper."),
     Verb("doctor", "Show versions, devices, free memory and disk, and what is installed."),
