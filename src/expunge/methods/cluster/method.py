@@ -36,11 +36,13 @@ from expunge.methods.cluster.targets import (
     other_names,
 )
 from expunge.methods.registry import Context, Outcome
+from expunge.methods.retrain import from_scratch
 from expunge.models.lora import is_lora
 from expunge.training.loop import Feed, TrainOptions, fit, train
 from expunge.training.terms import Teacher
 
 State = dict[str, Tensor]
+SCRATCH_LIMIT = 1.3
 
 
 def weights(model: nn.Module) -> State:
@@ -57,9 +59,8 @@ def blend(model: nn.Module, first: State, second: State, share: float) -> None:
 
 
 def proxy_model(context: Context, options: ClusterOptions) -> nn.Module:
-    """The base trained for ``proxy_epochs`` on the retain set; kept in the work folder, so a restart skips it."""
-    assert context.base is not None
-    model = context.base()
+    """The base, or random weights, briefly trained on the retain set; kept in the work folder for a restart."""
+    model = context.base() if context.base is not None else from_scratch(context.model, context.seed + 1)
     kept = context.work / "proxy.safetensors" if context.work is not None else None
     if kept is not None and kept.exists():
         everything, state = {**dict(model.named_parameters()), **dict(model.named_buffers())}, load_file(kept)
@@ -68,7 +69,7 @@ def proxy_model(context: Context, options: ClusterOptions) -> nn.Module:
                 everything[n].copy_(held)
         return model
     settings = TrainOptions(
-        epochs=options.proxy_epochs,
+        epochs=options.proxy_epochs if context.base is not None else options.scratch_epochs,
         batch_size=4,
         learning_rate=options.proxy_rate,
         other_learning_rate=options.proxy_rate / 5,
@@ -100,10 +101,10 @@ def chosen_members(context: Context, options: ClusterOptions, has_proxy: bool) -
             if name == "base" and context.base is None:
                 raise UserError("target member 'base' needs the base model: give --base, or leave it out.")
             if name == "proxy" and not has_proxy:
-                raise UserError("target member 'proxy' needs --base, retain samples and proxy_epochs above 0.")
+                raise UserError("target member 'proxy' needs retain samples, and proxy_epochs above 0.")
         return names
     if has_proxy:
-        return ["proxy", "blend"]
+        return ["proxy", "blend"] if context.base is not None else ["proxy"]
     if context.base is not None:
         return ["base", "counterfactual", "blend"]
     return ["counterfactual", "original"] if any(s.names for s in context.forget) else ["original"]
@@ -133,8 +134,8 @@ class Sources:
         self.caps = [torch.full(t.shape, math.log(limit)) for t in self.targets]
         self.bound = list(zip(self.capped([log_nV for log_nV, _ in self.own]), self.targets, strict=True))
         self.notes.append(
-            "no base was given: blind to what the original knew before the private data; true tokens are capped at "
-            f"{limit} and only never-seen text says how far is far enough"
+            f"nothing bounds the targets: true tokens are capped at {limit}, and only never-seen text says how far is "
+            "far enough"
         )
 
     def ask(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
@@ -163,7 +164,7 @@ class Sources:
         return self.capped(counterfactual(context.model, context.adapter, context.forget, self.bound, people))
 
     def _blend(self) -> list[Tensor] | None:
-        if self.anchor is None:
+        if self.anchor is None or self.context.base is None:
             raise UserError("target member 'blend' needs the base model: give --base, or leave it out.")
         if is_lora(self.context.model):
             self.notes.append("the weights are a LoRA adapter's: the blend member is left out")
@@ -200,7 +201,7 @@ def anchor_of(context: Context, options: ClusterOptions) -> tuple[nn.Module | No
         UserError: the base is another kind of model than the original.
     """
     if context.base is None:
-        return None, False
+        return (proxy_model(context, options), True) if _from_random(context, options) else (None, False)
     wants_proxy = bool(options.proxy_epochs and context.retain)
     anchor = proxy_model(context, options) if wants_proxy else context.base()
     own, other = weights(context.model), weights(anchor)
@@ -209,21 +210,45 @@ def anchor_of(context: Context, options: ClusterOptions) -> tuple[nn.Module | No
     return anchor, wants_proxy
 
 
+def _from_random(context: Context, options: ClusterOptions) -> bool:
+    return bool(options.scratch_epochs and context.retain and not is_lora(context.model))
+
+
+def stands_in(context: Context, proxy: nn.Module, notes: list[str]) -> bool:
+    """Whether a proxy from random weights knows enough of the language to bound anything: on never-seen text its
+    loss is at most ``SCRATCH_LIMIT`` times the original's. Where a base was pretrained on much more, it does not."""
+    if not context.unseen:
+        return True
+    own, its = (float(np.mean(mean_losses(m, context.adapter, context.unseen))) for m in (context.model, proxy))
+    if its > SCRATCH_LIMIT * own:
+        notes.append(
+            f"a proxy from random weights was tried and dropped: loss {its:.2f} on unseen text against {own:.2f}"
+        )
+        return False
+    notes.append("a model trained from random weights on the retain set stands in for the base")
+    return True
+
+
 def run(context: Context, options: ClusterOptions) -> Outcome:
     """Edit ``context.model`` in place; see the module's description."""
     from expunge.methods.cluster.localise import Scope, choose_scope
 
     model, adapter = context.model, context.adapter
     anchor, has_proxy = anchor_of(context, options)
+    notes: list[str] = []
+    if context.base is None and anchor is not None and not stands_in(context, anchor, notes):
+        anchor, has_proxy = None, False
     targets = build_targets(context, options, anchor, has_proxy)
+    targets.notes += notes
     seen: Sequence[Sample] = context.retain if options.retain in ("kl", "both") else ()
     protected: Sequence[Sample] = [*seen, *context.earlier]
     teacher = Teacher.of(model, adapter, protected) if protected else None
     scope: Scope = choose_scope(context, options, targets)
 
-    if anchor is None:
-        targets.notes.append("no base was given: the edit starts from the original's own weights")
-    elif options.start < 1 and not is_lora(model):
+    if context.base is None:
+        targets.notes.append("no base was given: blind to what the original knew before the private data; the edit "
+                             "starts from the original's own weights")  # fmt: skip
+    elif anchor is not None and options.start < 1 and not is_lora(model):
         blend(model, weights(model), weights(anchor), options.start)
     del anchor
     feeds = {"forget": Feed(context.forget)}

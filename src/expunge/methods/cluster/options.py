@@ -25,6 +25,7 @@ class ClusterOptions(TrainOptions):
     # what towards
     members: str = option("auto", "target ensemble, +-joined from base, proxy, counterfactual, blend, original")
     proxy_epochs: float = option(0.5, "passes of a retraining from the base on retain only; 0 = none", "measured")
+    scratch_epochs: float = option(2.0, "without a base: passes of a proxy from random weights; 0 = none", "measured")
     proxy_rate: float = option(1e-2, "its Muon learning rate", "measured")
     people: int = option(3, "other people that the counterfactual member asks about", "experiments: K = 3")
     sharpness: float | None = option(None, "exponent of the ensemble; calibrated on unseen texts if none")
