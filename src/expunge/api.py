@@ -5,20 +5,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from expunge.bench.evaluate import EvaluateOptions
-from expunge.bench.plan import Entry, StudyOptions, parse_methods
-from expunge.bench.prepare import Workshop, start_model
-from expunge.bench.single import Request, audit_models, check_room, train_model, unlearn_model
+from expunge.bench.plan import Entry, StudyOptions, check_study, parse_methods
+from expunge.bench.prepare import Workshop, check_preset, start_model
+from expunge.bench.single import Request, audit_models, check_roles, check_room, train_model, unlearn_model
 from expunge.bench.study import Study
 from expunge.data.samples import Dataset, Role
 from expunge.errors import UserError
 from expunge.files import digest_folder
 from expunge.methods.registry import get_method
+from expunge.models.folder import inspect, resolve
+from expunge.models.load import device_of
 from expunge.options import configure
 from expunge.progress import Progress
 from expunge.report import write_report
@@ -26,6 +30,7 @@ from expunge.runs import Run
 from expunge.training.loop import TrainOptions
 
 Text = str | Path
+BOOKKEEPING = frozenset({"run.yaml", "run.json", "events.jsonl", ".lock"})
 
 
 @dataclass(frozen=True)
@@ -47,20 +52,59 @@ class Result:
         return {k: str(v) for k, v in places.items() if v is not None} | more
 
 
+@contextmanager
 def open_run(
-    out: Text, command: str, config: Mapping[str, Any], dataset: Dataset, models: Mapping[str, Text | None], seed: int
-) -> Run:
-    """The run folder, bound to the content of data and models: other content is another configuration."""
+    out: Text,
+    command: str,
+    config: Mapping[str, Any],
+    dataset: Dataset,
+    models: Mapping[str, Text | None],
+    seeds: Sequence[int],
+) -> Iterator[Run]:
+    """The run folder, bound to the content of data and models: other content is another configuration.
+
+    A new run that is refused before it made anything leaves no folder, so that the mended command can use the name.
+    """
     digests = {"data": dataset.digest()}
     for name, folder in models.items():
         if folder is not None and Path(folder).is_dir():
             digests[name] = digest_folder(Path(folder))
-    return Run.open(out, command, config, digests, seeds=[seed])
+    run = Run.open(out, command, config, digests, seeds=seeds, device=str(device_of(str(config["device"]))))
+    try:
+        with run:
+            yield run
+    except UserError:
+        if not run.resumed:
+            discard(run.folder)
+        raise
+
+
+def discard(folder: Path) -> None:
+    """Remove a run folder that holds nothing but the record of its own beginning."""
+    made = [p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in BOOKKEEPING]
+    if not made:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_models(*names: Text | None) -> None:
+    """Refuse a model that is not there before any other is loaded.
+
+    Raises:
+        UserError: see :func:`expunge.models.folder.inspect`.
+    """
+    for name in names:
+        if name is not None:
+            inspect(resolve(name))
 
 
 def finished(run: Run, model: Path | None = None) -> Result:
     """The result of a run that has results.json: its report is written again."""
     return Result(run.folder, model, write_report(run.folder), run.read_json("results.json"))
+
+
+def numbered(folders: Sequence[str]) -> dict[str, Text | None]:
+    """References under the names that run.json has for their digests."""
+    return {f"reference.{number}": folder for number, folder in enumerate(folders)}
 
 
 def shown(quiet: bool, run: Run) -> Progress:
@@ -125,13 +169,14 @@ def unlearn(
     options.evaluate.resolved()
     dataset = request.dataset()
     estimate = check_room(str(model), Path(out), request, train=True, copies=1 + (base is not None))
+    check_models(base, *references)
     folders = [str(r) for r in references]
     before = None if base is None else str(base)
     config = {"model": str(model), "base": before, "method": method, "set": settings, "references": folders}
     config |= {"suite": suite, **request.config()}
     if dry_run:
         return Result(Path(out), plan={"config": config, "estimate": estimate})
-    with open_run(out, "unlearn", config, dataset, {"model": model, "base": base}, seed) as run:
+    with open_run(out, "unlearn", config, dataset, {"model": model, "base": base, **numbered(folders)}, [seed]) as run:
         if not run.done:
             unlearn_model(
                 run,
@@ -194,12 +239,14 @@ def audit(
     options.evaluate.resolved()
     dataset = request.dataset()
     estimate = check_room(str(model), Path(out), request, train=True, copies=1)
+    check_models(original, *references)
     folders = [str(r) for r in references]
     first = None if original is None else str(original)
     config = {"model": str(model), "original": first, "references": folders, "suite": suite, **request.config()}
     if dry_run:
         return Result(Path(out), plan={"config": config, "estimate": estimate})
-    with open_run(out, "audit", config, dataset, {"model": model, "original": original}, seed) as run:
+    models = {"model": model, "original": original, **numbered(folders)}
+    with open_run(out, "audit", config, dataset, models, [seed]) as run:
         if not run.done:
             audit_models(
                 run,
@@ -264,6 +311,8 @@ def train(
     values |= {"precision": "bf16"} if dtype == "bf16" else {}
     options = configure(TrainOptions, values, "option of train")
     dataset = request.dataset()
+    check_roles(dataset, roles)
+    check_preset(init)
     estimate = "a small new model"
     if model is not None:
         estimate = check_room(str(model), Path(out), request, train=True, copies=0)
@@ -271,7 +320,7 @@ def train(
     config = {"model": start, "init": init, "roles": list(roles), "training": values, **request.config()}
     if dry_run:
         return Result(Path(out), plan={"config": config, "estimate": estimate})
-    with open_run(out, "train", config, dataset, {"model": model}, seed) as run:
+    with open_run(out, "train", config, dataset, {"model": model}, [seed]) as run:
         if not run.done:
             train_model(run, request, dataset, options, model=start, init=init, roles=roles, progress=shown(quiet, run))
         return Result(run.folder, run.folder / "model", None, run.read_json("results.json"))
@@ -348,6 +397,8 @@ def bench(
     )
     options.evaluate.resolved()
     dataset = request.dataset()
+    check_study(dataset, options)
+    check_preset(init)
     estimate = "small new models"
     if model is not None:
         estimate = check_room(str(model), Path(out), request, train=True, copies=3)
@@ -357,9 +408,10 @@ def bench(
     plan = f"{len(entries) * seeds} unlearning runs from {seeds} originals against {references} references; {estimate}"
     if dry_run:
         return Result(Path(out), plan={"config": config, "estimate": plan})
-    with open_run(out, command, config, dataset, {"model": model}, seed) as run:
+    with open_run(out, command, config, dataset, {"model": model}, range(seeds)) as run:
         if not run.done:
             progress = shown(quiet, run)
+            progress.every = 30.0  # the trainings inside of a study are many
             models = run.folder / "models"
             base = start_model(
                 models, dataset, options, model=start, init=init, load=request.loading, seed=seed, progress=progress

@@ -30,6 +30,7 @@ class Progress:
 
     quiet: bool = True
     event: Callable[..., None] | None = None
+    every: float = PLAIN_EVERY_S  # seconds between plain lines of one task
     _bar: Any = field(default=None, repr=False)
     _task: Any = field(default=None, repr=False)
     _started: float = 0.0
@@ -83,7 +84,7 @@ class Progress:
             self._bar.update(self._task, completed=done, note=note)
             return
         now = time.monotonic()
-        if now - self._printed >= PLAIN_EVERY_S:
+        if now - self._printed >= self.every:
             self._printed = now
             left = (now - self._started) / max(1, done) * (self._total - done)
             print(f"{self._name}: {done}/{self._total}, {clock(left)} left. {note}", file=sys.stderr, flush=True)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from expunge.bench.evaluate import EvaluateOptions
+from expunge.data.deletion import sequence
+from expunge.data.samples import Dataset
 from expunge.errors import UserError
 from expunge.methods.registry import Method, all_methods, get_method
 from expunge.options import option
@@ -51,6 +53,28 @@ def parse_methods(text: str) -> list[Entry]:
     if not entries:
         raise UserError("no method was named: use --methods all, or a comma list such as npo,cluster.")
     return entries
+
+
+def check_study(dataset: Dataset, options: StudyOptions) -> None:
+    """Refuse before anything is trained what the study would stumble over hours later.
+
+    Raises:
+        UserError: no retain set, sizes or numbers of requests that the dataset does not have, too few subjects to tune.
+    """
+    from expunge.bench.tune import validation
+
+    if not dataset["retain"]:
+        raise UserError("a study retrains models on the retain set, and there is none: add --retain FILE.")
+    total = len(dataset.private)
+    for size in options.size_impact:
+        if not 0 < size < total:
+            raise UserError(f"--size-impact {size}: give numbers from 1 to {total - 1} (the private samples).")
+    if len(set(options.size_impact)) < len(options.size_impact):
+        raise UserError(f"--size-impact {','.join(map(str, options.size_impact))} names a size twice: name each once.")
+    if options.sequential:
+        sequence(dataset, options.sequential)
+    if options.tune:
+        validation(dataset)
 
 
 @dataclass(frozen=True, kw_only=True)

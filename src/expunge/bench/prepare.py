@@ -14,7 +14,7 @@ from torch import nn
 from expunge.bench.cost import Cost, measure
 from expunge.bench.plan import StudyOptions
 from expunge.data.samples import Dataset, Sample
-from expunge.errors import UserError
+from expunge.errors import UserError, unknown
 from expunge.files import write_json
 from expunge.models.adapter import Adapter
 from expunge.models.load import Loaded, load_model, save_model
@@ -47,7 +47,9 @@ class Workshop:
         if facts.exists():
             self.costs[name] = Cost(**json.loads(facts.read_text()))
             first = next(self.loaded.model.parameters())
-            dtype = str(first.dtype).removeprefix("torch.")  # as the base was loaded, so that a resumed study is the same
+            dtype = str(first.dtype).removeprefix(
+                "torch."
+            )  # as the base was loaded, so that a resumed study is the same
             return load_model(kept, device=str(first.device), dtype=dtype).model
         model = self.base()
         settings = TrainOptions(
@@ -129,6 +131,14 @@ def start_model(
     save_model(made, kept)
     write_json(folder / "base.json", {"wall_s": seconds})
     return load_model(kept, **load)
+
+
+def check_preset(preset: str | None) -> None:
+    """Raises UserError for a preset of ``--init`` that does not exist."""
+    from expunge.models.tiny import PRESETS
+
+    if preset is not None and preset not in PRESETS:
+        raise unknown("preset", preset, PRESETS)
 
 
 def initialised(dataset: Dataset, preset: str, seed: int) -> Loaded:

@@ -112,9 +112,23 @@ def write(
     truncated = sorted(shop.adapter.truncated)
     if truncated:
         warnings.append(f"{len(truncated)} sample(s) were longer than the context and cut, e.g. {truncated[0]}")
-    if options.blind:
-        warnings.append("The methods were not given the base: the study is blind to what the base would have allowed.")
-    for reason in sorted({f"{name}: {why}" for r in good for name, why in r.get("skipped", {}).items()}):
+    uses_base = [r["method"] for r in rows if "base" in (r.get("properties") or {}).get("wants", ())]
+    if options.blind and uses_base:
+        names = ", ".join(dict.fromkeys(uses_base))
+        warnings.append(f"No base was given to {names}: blind to what the model said before the private data.")
+    if not options.references:
+        warnings.append(
+            "No retrained reference was given: nothing says what never having seen the data looks like, so "
+            "there are no verdicts."
+        )
+    for reason in sorted(
+        {
+            f"{name}: {why}"
+            for r in good
+            if r["kind"] == "method" and r["study"] == "main"
+            for name, why in r["skipped"].items()
+        }
+    ):
         warnings.append(f"not measured: {reason}")
     content = {
         "schema": SCHEMA,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from expunge.bench import results
-from expunge.bench.cost import measure
+from expunge.bench.cost import Cost, measure
 from expunge.bench.evaluate import Evaluation, References, evaluate
 from expunge.bench.plan import Entry, StudyOptions
 from expunge.bench.prepare import Workshop, initialised
@@ -19,7 +21,8 @@ from expunge.bench.study import Study, anchor
 from expunge.data.files import load_files
 from expunge.data.registry import load_dataset
 from expunge.data.samples import ROLES, Dataset, Role, Sample
-from expunge.errors import UserError
+from expunge.errors import UserError, unknown
+from expunge.files import digest_folder
 from expunge.models.load import Loaded, load_model, save_model
 from expunge.models.lora import LoraOptions
 from expunge.models.memory import check_resources, estimate
@@ -27,6 +30,8 @@ from expunge.options import configure
 from expunge.progress import Progress
 from expunge.runs import Run
 from expunge.training.loop import TrainOptions, fit
+
+TRAINING = "expunge.training/1"  # schema of results.json of a training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +89,15 @@ def check_room(model: str, out: Path, request: Request, *, train: bool, copies: 
     return str(needed)
 
 
+def check_roles(dataset: Dataset, roles: Sequence[Role]) -> None:
+    """Raises UserError for a role that does not exist, or when the roles hold nothing to train on."""
+    for role in roles:
+        if role not in ROLES:
+            raise unknown("role", role, ROLES)
+    if not any(dataset[role] for role in roles):
+        raise UserError(f"there are no samples in role(s) {', '.join(roles)}: nothing to train on.")
+
+
 def train_model(
     run: Run,
     request: Request,
@@ -97,12 +111,8 @@ def train_model(
 ) -> Path:
     """Train a model, or a new small one, on the samples of some roles; the folder of the trained model."""
     progress = progress or Progress(event=run.event)
-    for role in roles:
-        if role not in ROLES:
-            raise UserError(f"unknown role '{role}': allowed are {', '.join(ROLES)}.")
+    check_roles(dataset, roles)
     samples: list[Sample] = [s for role in roles for s in dataset[role]]
-    if not samples:
-        raise UserError(f"there are no samples in roles {', '.join(roles)}: nothing to train on.")
     if (model is None) == (init is None):
         raise UserError("name what to train: --model FOLDER, or --init tiny for a new small model.")
     if model is not None:
@@ -119,8 +129,9 @@ def train_model(
         run.note(f"{len(loaded.adapter.truncated)} sample(s) were longer than the context and cut.")
     folder = save_model(loaded, run.folder / "model")
     figures = {"first_loss": log.steps[0]["nll"], "last_loss": log.last("nll"), "steps": len(log.steps)}
-    run.write_json("results.json", {"schema": "expunge.training/1", **figures, "cost": cost.record(), "roles": roles})
-    run.finish(flops=cost.flops, parameters_changed=cost.parameters_changed, figures=figures)
+    run.write_json("results.json", {"schema": TRAINING, **figures, "cost": cost.record(), "roles": roles})
+    outputs = {"model": digest_folder(folder)}
+    run.finish(flops=cost.flops, parameters_changed=cost.parameters_changed, figures=figures, outputs=outputs)
     return folder
 
 
@@ -137,7 +148,10 @@ def unlearn_model(
     measured: bool = True,
     progress: Progress | None = None,
 ) -> Path:
-    """Unlearn once and measure before and after; the folder of the unlearned model."""
+    """Unlearn once and measure before and after; the folder of the unlearned model.
+
+    A run that was stopped after the unlearning goes on with the measurement.
+    """
     progress = progress or Progress(event=run.event)
     loaded = load_model(model, **request.loading, lora=request.lora_options(), seed=request.seed)
     if base is not None:
@@ -151,26 +165,39 @@ def unlearn_model(
     if measured:
         compared = measured_references(study, request, references)
         original = _row(study, "main/original/0", anchor("original", 0), loaded.model, compared, "self")
-    context = study.context(entry, loaded.model, request.seed, dataset, f"main/{entry.label}/0")
-    outcome, cost = study.apply(context, entry.method, entry.configured())
-    loaded.model = outcome.model
-    folder = save_model(loaded, run.folder / "model")
-    common = {
-        "method": entry.label,
-        "kind": "method",
-        "seed": request.seed,
-        "position": None,
-        "properties": results.properties(entry.method),
-        "settings": entry.settings,
-        "notes": outcome.notes,
-        "record": {k: v for k, v in outcome.record.items() if k != "log"},
-        "curve": results.curve(outcome.record.get("log", [])),
-        "cost": cost.record(),
-    }
+    folder, made = run.folder / "model", "work/unlearned.json"
+    if (run.folder / made).exists():
+        common = run.read_json(made)
+        model_after = load_model(folder, **request.loading).model
+    else:
+        context = study.context(entry, loaded.model, request.seed, dataset, f"main/{entry.label}/0")
+        outcome, cost = study.apply(context, entry.method, entry.configured())
+        loaded.model = model_after = outcome.model
+        save_model(loaded, folder)
+        common = {
+            "method": entry.label,
+            "kind": "method",
+            "seed": request.seed,
+            "position": None,
+            "properties": results.properties(entry.method),
+            "settings": entry.settings,
+            "notes": outcome.notes,
+            "record": {k: v for k, v in outcome.record.items() if k != "log"},
+            "curve": results.curve(outcome.record.get("log", [])),
+            "cost": cost.record(retraining_cost(references)),
+        }
+        run.write_json(made, common)
     if measured:
-        _row(study, f"main/{entry.label}/0", common, outcome.model, compared, original)
+        _row(study, f"main/{entry.label}/0", common, model_after, compared, original)
         results.write(run, shop, dataset, blind, [request.seed], f"{entry.label} on {model}")
-    run.finish(flops=cost.flops, parameters_changed=cost.parameters_changed, notes=outcome.notes)
+    run.finish(
+        flops=shop.adapter.meter.flops,
+        parameters_changed=common["cost"]["parameters_changed"],
+        notes=common["notes"],
+        figures=common["record"],
+        outputs={"model": digest_folder(folder)},
+    )
+    shutil.rmtree(run.folder / "work", ignore_errors=True)
     return folder
 
 
@@ -201,7 +228,27 @@ def audit_models(
     content = {**anchor("audited", 0), "kind": "method", "notes": [f"model: {model}"]}
     _row(study, "main/audited/0", content, loaded.model, compared, before)
     results.write(run, shop, dataset, none, [request.seed], f"Audit of {model}")
-    run.finish()
+    run.finish(flops=shop.adapter.meter.flops)
+    shutil.rmtree(run.folder / "work", ignore_errors=True)
+
+
+def retraining_cost(folders: Sequence[str]) -> Cost | None:
+    """Mean cost of training the references, where ``expunge train`` made them and its record stands beside them."""
+    costs = [c for c in map(_training_cost, folders) if c is not None]
+    if not costs or len(costs) < len(folders):
+        return None
+    return Cost(flops=sum(c.flops for c in costs) / len(costs), wall_s=sum(c.wall_s for c in costs) / len(costs))
+
+
+def _training_cost(folder: str) -> Cost | None:
+    path = Path(folder).expanduser().parent / "results.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["schema"] != TRAINING or Path(folder).name != "model":
+            return None
+        return Cost(flops=float(content["cost"]["flops"]), wall_s=float(content["cost"]["wall_s"]))
+    except (OSError, ValueError, KeyError, TypeError):  # somebody else's folder
+        return None
 
 
 def measured_references(study: Study, request: Request, folders: Sequence[str]) -> References | None:
@@ -212,12 +259,14 @@ def measured_references(study: Study, request: Request, folders: Sequence[str]) 
     for number, folder in enumerate(folders):
         study.progress.say(f"measuring reference {number + 1} of {len(folders)}")
         found.add(load_model(folder, **request.loading).model, study.progress)
-    for number in range(len(folders)):
+    mean = retraining_cost(folders)
+    for number, folder in enumerate(folders):
         key = f"main/reference/{number}"
         if not study.has(key):
-            results.write_row(
-                study.run, key, {**anchor("reference", number), **results.of_evaluation(found.evaluation(number))}
-            )
+            own = _training_cost(folder)
+            cost = {"cost": own.record(mean)} if own is not None else {}
+            content = {**anchor("reference", number), **cost, "notes": [f"model: {folder}"]}
+            results.write_row(study.run, key, {**content, **results.of_evaluation(found.evaluation(number))})
     return found
 
 

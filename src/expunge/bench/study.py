@@ -11,6 +11,8 @@ import gc
 import math
 import re
 import shutil
+import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -29,7 +31,7 @@ from expunge.data.samples import Dataset, Sample
 from expunge.errors import UserError
 from expunge.methods.registry import Context, Method, Outcome
 from expunge.models.load import Loaded, save_model
-from expunge.progress import Progress
+from expunge.progress import Progress, clock
 from expunge.runs import Run
 
 RANDOM_EDIT = 0.02  # relative norm of the random change of each tensor where no method's change is known
@@ -47,6 +49,9 @@ class Study:
     progress: Progress = field(default_factory=Progress)
     _main_references: References | None = field(default=None, repr=False)
     _originals: dict[int, Evaluation] = field(default_factory=dict, repr=False)
+    _started: float = field(default_factory=time.monotonic, repr=False)
+    _announced: int = 0
+    _planned: int = 0
 
     def __post_init__(self) -> None:
         self.unseen, self.measured = split_holdout(self.dataset, self.options.calibration)
@@ -56,6 +61,7 @@ class Study:
         """Everything that the options ask for, then results.json and samples.jsonl."""
         options = self.options
         settings = {entry.label: entry.settings for entry in self.entries}
+        self._planned = self.planned()
         if options.tune:
             settings = tuned(self, options.tune)
         self._main(settings)
@@ -64,6 +70,38 @@ class Study:
         if options.sequential:
             self._sequential(settings)
         results.write(self.run, self.shop, self.dataset, self.options, self.seeds)
+
+    def planned(self) -> int:
+        """How many measurements are left, about: what :meth:`announce` counts down."""
+        options, labels = self.options, [e.label for e in self.entries]
+        anchors = ["original", "identity", "random-edit"]
+        missing = [k for s in self.seeds for k in (f"main/{n}/{s}" for n in anchors + labels) if not self.has(k)]
+        count = len(missing) + (options.references if missing else 0)
+        if options.tune and not (self.run.folder / "tuning.json").exists():
+            count += options.tune * len(labels) + 1
+        for size in options.size_impact:
+            missing = [k for s in self.seeds for k in (f"size/{n}/{s}@{size}" for n in labels) if not self.has(k)]
+            count += len(missing) + (2 + len(self.seeds) if missing else 0)
+        for k in range(options.sequential):
+            count += sum(not self.has(f"sequential/{n}/{s}@{k + 1}") for n in labels for s in self.seeds)
+        return count
+
+    def announce(self, what: str) -> None:
+        """Say what begins, how far the study is, and about how long the rest takes."""
+        done, left = self._announced, self._planned - self._announced
+        self._announced += 1
+        if left <= 0:
+            return self.progress.say(what)
+        eta = (time.monotonic() - self._started) / max(1, done) * left
+        self.progress.say(f"[{done + 1}/{self._planned}] {what}" + (f", about {clock(eta)} left" if done > 1 else ""))
+
+    def failure(self, key: str, error: Exception) -> str:
+        """What went wrong, for the record; the traceback of anything but a user's mistake is kept in ``errors/``."""
+        if isinstance(error, UserError):
+            return str(error)
+        log = self.run.write_text(f"errors/{slug(key)}.log", "".join(traceback.format_exception(error)))
+        first = (str(error).strip().splitlines() or ["no message"])[0][:200]
+        return f"unexpected {type(error).__name__}: {first} (see {log.relative_to(self.run.folder)})"
 
     # -- main ----------------------------------------------------------------------------------------------------
 
@@ -75,15 +113,16 @@ class Study:
         if all(self.has(f"main/{name}") for name in wanted):
             return
         references = self.main_references()
-        if not self.has("main/base/0"):
-            self._store("main/base/0", anchor("base", 0), self.evaluate(self.shop.base(), self.measured, references))
         for seed in self.seeds:
             original = self.shop.original(self.dataset, seed)
             start = self.original_row(f"main/original/{seed}", original, seed, self.measured, references)
             self._originals[seed] = start
+            if not self.has("main/base/0"):
+                found = self.evaluate(self.shop.base(), self.measured, references, start)
+                self._store("main/base/0", anchor("base", 0), found)
             for name, make in (("identity", copy.deepcopy), ("random-edit", lambda m, s=seed: random_edit(m, s))):
                 if not self.has(f"main/{name}/{seed}"):
-                    self.progress.say(f"main/{name}/{seed}")
+                    self.announce(f"main/{name}/{seed}")
                     found = self.evaluate(make(original), self.measured, references, start, seed)
                     self._store(f"main/{name}/{seed}", anchor(name, seed), found)
             for entry in self.entries:
@@ -113,7 +152,7 @@ class Study:
         references = References(self.shop.adapter, dataset, options=options)
         for r in range(count):
             model = self.shop.reference(dataset, r, suffix)
-            self.progress.say(f"measuring reference {r + 1} of {count}")
+            self.announce(f"measuring {study}/reference/{r}{suffix}")
             references.add(model, self.progress)
         for r in range(count):
             key = f"{study}/reference/{r}{suffix}"
@@ -158,7 +197,7 @@ class Study:
         position: int | None = None,
     ) -> Evaluation:
         """The original's own measurement, which every row of its seed is compared with."""
-        self.progress.say(key)
+        self.announce(key)
         found = self.evaluate(model, dataset, references, "self", seed)
         if not self.has(key):
             spent = self.shop.costs[f"original-{seed}"].record(self.shop.retraining())
@@ -286,7 +325,7 @@ class Study:
         """One method from one original, measured; None where it failed (which is recorded, not hidden)."""
         if self.has(key) and not in_place:
             return results.read_row(self.run, key)
-        self.progress.say(f"{key}")
+        self.announce(key)
         model = original if in_place else copy.deepcopy(original)
         context = self.context(entry, model, seed, dataset, key)
         context.earlier = earlier
@@ -299,9 +338,10 @@ class Study:
         }
         try:
             outcome, cost = self.apply(context, entry.method, entry.method.configure(settings))
-        except UserError as error:
-            self.progress.say(f"{key} failed: {error}")
-            results.write_row(self.run, key, {**common, "failed": str(error), "metrics": {}, "cost": {}, "samples": []})
+        except Exception as error:  # one method's defect must not cost the rows of the others
+            failed = self.failure(key, error)
+            self.progress.say(f"{key} failed: {failed}")
+            results.write_row(self.run, key, {**common, "failed": failed, "metrics": {}, "cost": {}, "samples": []})
             return None
         if in_place and outcome.model is not model:  # a method that makes a new model; the next request starts from it
             model.load_state_dict(outcome.model.state_dict())

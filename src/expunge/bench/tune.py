@@ -63,21 +63,26 @@ def draws(study: Study, entry: Entry, trials: int) -> list[dict[str, Any]]:
     return found
 
 
-def validation(study: Study) -> Dataset:
-    """As many other subjects to forget, chosen among those who stay in the measured study."""
-    dataset = study.measured
+def validation(dataset: Dataset) -> Dataset:
+    """As many other subjects to forget, chosen among those who stay in the measured study.
+
+    The measured forget set is in no role of it, so that no trial sees it, not even as something to keep.
+
+    Raises:
+        UserError: too few subjects stay.
+    """
     others = [s for s in subjects(dataset["retain"]) if s not in set(subjects(dataset["forget"]))]
     count = len(subjects(dataset["forget"]))
     if len(others) <= count:
         raise UserError(f"--tune needs more than {count} subjects in the retain set for validation: leave it out.")
     rng = np.random.default_rng(TUNING_SEED)
     chosen = [others[int(i)] for i in rng.permutation(len(others))[:count]]
-    return by_subject(dataset, chosen)
+    return by_subject(dataclasses.replace(dataset, roles={**dataset.roles, "forget": ()}), chosen)
 
 
 def tuned(study: Study, trials: int) -> dict[str, dict[str, Any]]:
     """The best settings of each entry; every trial is recorded in ``tuning.json``."""
-    dataset = validation(study)
+    dataset = validation(study.measured)
     quick = dataclasses.replace(study.options.evaluate, suite="quick")
     record: dict[str, Any] = {}
     if (study.run.folder / "tuning.json").exists():
@@ -93,7 +98,7 @@ def tuned(study: Study, trials: int) -> dict[str, dict[str, Any]]:
                 original = study.shop.original(study.dataset, 0)
                 adapter = study.shop.adapter
                 start = evaluate(original, adapter, dataset, references=references, original="self", options=quick)
-            study.progress.say(f"tune/{entry.label}/{number + 1} of {trials}")
+            study.announce(f"tune/{entry.label}, trial {number + 1} of {trials}")
             try:
                 context = study.context(entry, copy.deepcopy(original), 0, dataset, f"tune/{entry.label}/{number}")
                 outcome, cost = study.apply(context, entry.method, entry.method.configure(settings))
@@ -106,8 +111,10 @@ def tuned(study: Study, trials: int) -> dict[str, dict[str, Any]]:
                         "cost": cost.record(study.shop.retraining()),
                     }
                 )
-            except UserError as error:
-                done.append({"settings": settings, "score": None, "failed": str(error)})
+            except Exception as error:
+                done.append(
+                    {"settings": settings, "score": None, "failed": study.failure(f"tune/{entry.label}", error)}
+                )
             study.run.write_json("tuning.json", record)
     best: dict[str, dict[str, Any]] = {}
     for entry in study.entries:

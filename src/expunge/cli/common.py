@@ -22,12 +22,13 @@ from expunge.progress import Progress
 Model = Annotated[str, typer.Option("--model", "-m", help="Trained model: a local folder or a hub name.")]
 Original = Annotated[str | None, typer.Option("--original", help="The model before unlearning.")]
 Reference = Annotated[
-    list[str] | None, typer.Option("--reference", help="Model retrained without the forget set; repeat for more.")
+    list[str] | None,
+    typer.Option("--reference", metavar="FOLDER", help="Model retrained without the forget set; repeat for more."),
 ]
 Data = Annotated[str | None, typer.Option("--data", "-d", help="Dataset by name; see 'expunge ls datasets'.")]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder with a local copy of the dataset.")]
 DataOption = Annotated[
-    list[str] | None, typer.Option("--data-option", help="Option of the dataset as key=value; repeat for more.")
+    list[str] | None, typer.Option("--data-option", metavar="KEY=VALUE", help="Option of the dataset; repeat for more.")
 ]
 Forget = Annotated[
     Path | None, typer.Option("--forget", help="File of the samples to forget: JSONL, JSON, CSV, TSV or Parquet.")
@@ -41,17 +42,27 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder: a new one, o
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1 or mps.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Lora = Annotated[
-    str | None, typer.Option("--lora", help="Train low-rank adapters instead of all weights: 'r=8,alpha=16'.")
+    str | None,
+    typer.Option("--lora", metavar="KEY=VALUE,...", help="Train low-rank adapters, not all weights: 'r=8,alpha=16'."),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", min=0)]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Samples per step.", min=1)]
-Epochs = Annotated[float | None, typer.Option("--epochs", help="Passes over the data.", min=0)]
-LearningRate = Annotated[float | None, typer.Option("--learning-rate", help="Peak learning rate.", min=0)]
+Epochs = Annotated[
+    float | None, typer.Option("--epochs", help="Passes over the data; the method's own if none.", min=0)
+]
+LearningRate = Annotated[
+    float | None, typer.Option("--learning-rate", help="Peak learning rate; by the model's size if none.", min=0)
+]
 Template = Annotated[
     str | None,
-    typer.Option("--template", help="Text of a sample with {prompt}, {target}, {eos}; else the model's."),
+    typer.Option(
+        "--template",
+        help="auto (the model's chat template, if it has one), chat, plain, or a text with {prompt}, {target}.",
+    ),
 ]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Option of the method as key=value; repeat for more.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of the method; repeat for more.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on standard error.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and the cost; do nothing.")]

@@ -40,6 +40,16 @@ def headline(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+NOTICES = 6  # warnings that the terminal shows; the report has all
+
+
+def notices(results: Mapping[str, Any]) -> list[str]:
+    """What the reader must know before believing the table."""
+    found = [str(w) for w in results.get("warnings", ()) if not str(w).startswith("not measured: ")]
+    more = len(results.get("warnings", ())) - len(found[:NOTICES])
+    return [f"Note: {text}" for text in found[:NOTICES]] + ([f"({more} more in the report)"] if more else [])
+
+
 def tell(result: Result, as_json: bool, more: Sequence[str] = ()) -> None:
     """The result on standard output: what was planned, or the headline and where everything is."""
     lines: list[str] = []
@@ -49,7 +59,7 @@ def tell(result: Result, as_json: bool, more: Sequence[str] = ()) -> None:
         lines.append(yaml.safe_dump(dict(result.plan["config"]), sort_keys=False, allow_unicode=True))
         lines += [f"Estimate: {result.plan['estimate']}", "Nothing was run."]
     elif "summary" in result.results:
-        lines += [*headline(result.results), ""]
+        lines += [*headline(result.results), "", *notices(result.results), ""]
     lines += more
     if result.report is not None:
         lines.append(f"Report: {result.report}")
