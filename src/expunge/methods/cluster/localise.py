@@ -31,7 +31,7 @@ from expunge.methods.cluster.spectral import spectral_clustering
 from expunge.methods.cluster.targets import Targets
 from expunge.methods.cluster.tokens import TokenTable, token_states
 from expunge.methods.registry import Context
-from expunge.models.adapter import Adapter
+from expunge.models.adapter import Adapter, evaluating
 from expunge.training.terms import Term
 
 FACTOR_SAMPLES = 64  # retain samples that one estimate of the curvature reads
@@ -158,9 +158,7 @@ def choose_scope(context: Context, options: ClusterOptions, targets: Targets) ->
     model, adapter = context.model, context.adapter
     if options.null_space is not None and not context.retain:
         raise UserError("null_space needs retain samples, whose inputs it keeps off: add them, or leave it out.")
-    # Towers and projectors see images, not the tokens of the batch.
-    wanted = (lambda n: "vision" not in n and "projector" not in n) if adapter.modality == "multimodal" else None
-    layers, _ = linear_layers(model, wanted)
+    layers, _ = linear_layers(model, editable(model, adapter, context.forget[0]))
     scope = Scope(adapter, layers)
     unrestricted = options.reach >= 1 and not options.random_choice
     if unrestricted and options.null_space is None:
@@ -214,6 +212,17 @@ def choose_scope(context: Context, options: ClusterOptions, targets: Targets) ->
         f"{np.mean(kept):.0%} of the forget tokens' places"
     )
     return scope
+
+
+def editable(model: nn.Module, adapter: Adapter, sample: Sample) -> Callable[[str], bool]:
+    """Which layers, by name, see the tokens of a batch and nothing else.
+
+    Towers and projectors see images. The head is asked about the target positions of one role at a time.
+    """
+    with evaluating(model):
+        head = {id(m) for m in adapter.positions(model, [sample]).head.module.modules()}
+    towers = ("vision", "projector") if adapter.modality == "multimodal" else ()
+    return lambda name: id(model.get_submodule(name)) not in head and not any(t in name for t in towers)
 
 
 def label_tokens(
