@@ -61,7 +61,7 @@ class ClusterOptions(TrainOptions):
     heal_from: float = option(0.6, "share of the steps after which forgetting comes only now and then", "measured")
     heal_every: int = option(4, "one forget step in so many while healing", "measured")
     worst: float = option(1.0, "share of the retain samples, the most damaged, that healing uses; 1 = all", "measured")
-    average: float = option(0.15, "weights are averaged over this last share of the steps", "measured")
+    average: float = option(0.0, "weights are averaged over this last share of the steps: bought nothing", "measured")
     # closed loop and hardening
     negations: int = option(
         7,
