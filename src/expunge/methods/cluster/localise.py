@@ -29,7 +29,7 @@ from expunge.methods.cluster.options import ClusterOptions
 from expunge.methods.cluster.partition import Clustering, all_in_one, kmeans_groups, random_groups
 from expunge.methods.cluster.spectral import spectral_clustering
 from expunge.methods.cluster.targets import Targets
-from expunge.methods.cluster.tokens import TokenTable, token_states
+from expunge.methods.cluster.tokens import Gathered, TokenTable, forward, passes, placed, token_states
 from expunge.methods.registry import Context
 from expunge.models.adapter import Adapter, evaluating
 from expunge.training.terms import Term
@@ -237,26 +237,47 @@ def label_tokens(
     names = list(influence.tables)
     first = influence.tables[names[0]]
     shared = all(table.same(first) for table in influence.tables.values()) and adapter.modality != "classifier"
-    if shared:
-        blocks = adapter.blocks(model)
-        modules: dict[str, nn.Module] = {"middle": blocks[len(blocks) // 2]}
-    else:
-        modules = {name: layers[name].module for name in names}
+    middle = adapter.blocks(model)[len(adapter.blocks(model)) // 2]
+
+    def states_of(samples: Sequence[Sample], place: str) -> tuple[TokenTable, np.ndarray]:
+        if not shared:
+            return layer_states(model, adapter, samples, layers[place])
+        table, states = token_states(model, adapter, samples, {place: middle})
+        return table, states[place]
+
     found: dict[str, tuple[np.ndarray, Clustering]] = {}
-    for place, module in modules.items():
-        table, states = token_states(model, adapter, context.forget, {place: module})
-        _, others = token_states(model, adapter, some, {place: module}) if some else (None, {})
-        clustering = cluster_states(states[place], others.get(place), options, context.seed)
-        if clustering.kind == "one":
-            labels_N = np.zeros(len(table), dtype=np.int64)
-        else:
-            labels_N = clustering.assign(states[place])
+    for place in ["middle"] if shared else names:
+        table, states_ND = states_of(context.forget, place)
+        others_MD = states_of(some, place)[1] if some else None
+        clustering = cluster_states(states_ND, others_MD, options, context.seed)
+        labels_N = np.zeros(len(table), dtype=np.int64) if clustering.kind == "one" else clustering.assign(states_ND)
         for name in names if shared else [place]:
             if not influence.tables[name].same(table):  # positions after the last target have no influence
                 labels_N = _aligned(table, labels_N, influence.tables[name])
                 table = influence.tables[name]
             found[name] = (labels_N, clustering)
     return found
+
+
+def layer_states(
+    model: nn.Module, adapter: Adapter, samples: Sequence[Sample], layer: Layer
+) -> tuple[TokenTable, np.ndarray]:
+    """Outputs of one layer, (N, O), at the tokens that it sees: the places of an image in a convolution."""
+    seen: list[Tensor] = []
+    gathered = Gathered.empty()
+    handle = layer.module.register_forward_hook(lambda _module, _inputs, y: seen.append(layer.outputs(y)))
+    try:
+        with evaluating(model):
+            for group, batch in passes(model, adapter, samples, max_tokens=4096):
+                seen.clear()
+                forward(model, adapter, batch)
+                for states in seen:
+                    row, col, real = (t.cpu().numpy() for t in placed(batch, states.shape[:-1], layer.name))
+                    values = states.flatten(0, -2).float().cpu().numpy()
+                    gathered.add(np.asarray(group)[row[real]], col[real], values[real])
+    finally:
+        handle.remove()
+    return gathered.table()
 
 
 def cluster_states(

@@ -1,0 +1,388 @@
+"""Every registered method through the same behaviours, on every kind of model that it declares.
+
+A new method is picked up from the registry; it needs one row in ``TABLE`` with options that make it fast.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.matrix.worlds import MODALITIES, WORLDS, World, world
+from torch import Tensor, nn
+
+from expunge.bench.cost import measure
+from expunge.data.samples import Sample
+from expunge.errors import UserError
+from expunge.methods.registry import Method, Outcome, all_methods, get_method
+from expunge.models.load import Loaded, load_model, save_model
+from expunge.models.lora import is_lora
+
+ABSENT = {"retain": (), "unseen": (), "base": None}
+
+
+@dataclass(frozen=True)
+class Row:
+    """``forgets``: the forget loss rises. ``keeps``: the retain loss stays far below an untrained model's."""
+
+    options: dict[str, Any] = field(default_factory=lambda: {"epochs": 1})
+    forgets: bool = False
+    keeps: bool = False
+    of: dict[str, dict[str, Any]] = field(default_factory=dict)  # more options in one world
+
+
+STEADY = {"epochs": 6, "batch_size": 3, "learning_rate": 4e-3}
+ASCENT = {"vit": {"learning_rate": 1e-3}, "llava": {"learning_rate": 2e-3}}
+TABLE: dict[str, Row] = {
+    "ga": Row(STEADY, forgets=True),
+    "graddiff": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
+    "kl": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
+    "npo": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
+    "simnpo": Row({**STEADY, "epochs": 10}, forgets=True, keeps=True),
+    "undial": Row({**STEADY, "epochs": 8}, forgets=True),
+    "dpo": Row({**STEADY, "epochs": 16, "learning_rate": 6e-3}, forgets=True, keeps=True),
+    "idk": Row(STEADY, forgets=True, keeps=True),
+    "finetune": Row({"epochs": 2, "batch_size": 6, "learning_rate": 1e-3}, keeps=True),
+    "retrain": Row({"epochs": 25, "batch_size": 6, "learning_rate": 1e-2}, forgets=True, keeps=True),
+    "cluster": Row(
+        {"steps": 30},
+        forgets=True,
+        keeps=True,
+        of={
+            "resnet": {"other_learning_rate": 5e-3, "groups": "all"},
+            "vit": {"other_learning_rate": 5e-3, "groups": "all"},
+        },
+    ),
+}
+METHODS = all_methods()
+CELLS = [(name, where) for name in METHODS for where in WORLDS if MODALITIES[where] in METHODS[name].modalities]
+cells = pytest.mark.parametrize(("name", "where"), CELLS)
+methods = pytest.mark.parametrize("name", METHODS)
+
+
+def options_of(name: str, where: str, **more: Any) -> Any:
+    row = TABLE.get(name, Row())
+    return METHODS[name].configure({**row.options, **row.of.get(where, {}), **more})
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {n: t.detach().clone() for n, t in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items()}
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    first, second = state_of(a), state_of(b)
+    return first.keys() == second.keys() and all(torch.equal(t, second[n]) for n, t in first.items())
+
+
+def seen(samples: tuple[Sample, ...]) -> list[Any]:
+    """Everything of the samples, pixels included."""
+    plain = [{f.name: getattr(s, f.name) for f in fields(s) if f.name != "image"} for s in samples]
+    return [*plain, *(s.image.tobytes() for s in samples if isinstance(s.image, np.ndarray))]
+
+
+def hooks_of(module: nn.Module) -> dict[str, int]:
+    """Number of hooks by kind; transformers itself puts some on LLaVA's towers at the first pass."""
+    return {k: len(v) for k, v in vars(module).items() if k.endswith("hooks") and isinstance(v, dict)}
+
+
+@dataclass
+class Cell:
+    world: World
+    outcome: Outcome
+    before: dict[str, float]
+    after: dict[str, float]
+    parameters_changed: int | None
+    untouched: bool  # samples, and everything that the world lends
+
+
+@cache
+def cell(name: str, where: str) -> Cell:
+    """The method run once in that world; kept for all behaviours."""
+    here = world(where)
+    roles = (here.forget, here.retain, here.unseen)
+    before, original = copy.deepcopy([seen(r) for r in roles]), copy.deepcopy(here.original)
+    context = here.context()
+    with measure(here.adapter, context.model) as cost:
+        outcome = METHODS[name](context, options_of(name, where))
+        cost.model = outcome.model
+    untouched = [seen(r) for r in roles] == before and same(original, here.original)
+
+    def losses(model: nn.Module) -> dict[str, float]:
+        return {"forget": here.loss(model, here.forget), "retain": here.loss(model, here.retain)}
+
+    return Cell(here, outcome, losses(original), losses(outcome.model), cost.parameters_changed, untouched)
+
+
+def test_every_method_has_a_row() -> None:
+    missing, extra = set(METHODS) - set(TABLE), set(TABLE) - set(METHODS)
+    assert not missing and not extra, f"add a row to TABLE for {missing}; take out {extra}"
+
+
+# -- what every cell does ----------------------------------------------------------------------------------------------
+
+
+@cells
+def test_runs_with_finite_losses_and_a_readable_record(name: str, where: str) -> None:
+    done = cell(name, where)
+    assert all(math.isfinite(v) for v in done.after.values())
+    assert all(bool(t.isfinite().all()) for t in done.outcome.model.parameters())
+    steps = done.outcome.record.get("log", [])
+    assert all(math.isfinite(v) for step in steps for v in step.values())
+    assert all(isinstance(note, str) and note and "\n" not in note for note in done.outcome.notes)
+
+
+@cells
+def test_forgets_where_it_promises_to(name: str, where: str) -> None:
+    done = cell(name, where)
+    if not TABLE.get(name, Row()).forgets:
+        pytest.skip(f"{name} promises nothing about the forget samples themselves")
+    assert done.after["forget"] > done.before["forget"] + 0.2
+    here = done.world
+    before, after = (np.exp(-np.asarray(here.losses(m, here.forget))) for m in (here.original, done.outcome.model))
+    assert after.mean() < before.mean() - 0.1
+
+
+@cells
+def test_keeps_what_it_is_told_to_keep(name: str, where: str) -> None:
+    done = cell(name, where)
+    if not TABLE.get(name, Row()).keeps:
+        pytest.skip(f"{name} has no retain term by default")
+    untrained = done.world.loss(done.world.start, done.world.retain)
+    assert done.after["retain"] < 0.5 * untrained
+    assert done.after["retain"] - done.before["retain"] < max(0.05, done.after["forget"] - done.before["forget"])
+
+
+@cells
+def test_leaves_samples_and_lent_models_as_they_were(name: str, where: str) -> None:
+    assert cell(name, where).untouched
+
+
+@cells
+def test_counts_the_parameters_that_it_changed(name: str, where: str) -> None:
+    done = cell(name, where)
+    old, new = state_of(done.world.original), dict(done.outcome.model.named_parameters())
+    moved = sum(int((p.detach() != old[n]).sum()) for n, p in new.items())
+    assert done.parameters_changed == moved
+    assert moved > 0 if METHODS[name].removes_from_weights else moved == 0
+
+
+@cells
+def test_nothing_is_left_on_the_model(name: str, where: str) -> None:
+    """No hook, replaced forward, extra module or frozen weight: what it forgot is in the weights alone."""
+    done = cell(name, where)
+    model, plain = done.outcome.model, done.world.original
+    if not METHODS[name].removes_from_weights:
+        pytest.skip(f"{name} declares that it works beside the weights")
+    assert [(n, type(m)) for n, m in model.named_modules()] == [(n, type(m)) for n, m in plain.named_modules()]
+    for module, twin in zip(model.modules(), plain.modules(), strict=True):
+        assert hooks_of(module) == hooks_of(twin) and "forward" not in vars(module)
+    wanted = {n: p.requires_grad for n, p in plain.named_parameters()}
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == wanted
+    assert not model.training and all(p.grad is None for p in model.parameters())
+
+
+@cells
+def test_what_is_saved_is_what_was_measured(name: str, where: str, tmp_path: Path) -> None:
+    done = cell(name, where)
+    here = done.world
+    folder = save_model(Loaded(done.outcome.model, here.adapter, ""), tmp_path / "model")
+    again = load_model(folder, device="cpu")
+    assert same(again.model, done.outcome.model)
+    assert again.adapter.modality == here.modality
+    few = here.forget[:3]
+    got = World(where, again.adapter, (), (), (), again.model, again.model).losses(again.model, few)
+    assert got == pytest.approx(here.losses(done.outcome.model, few), rel=1e-4, abs=1e-5)
+
+
+# -- declared properties -----------------------------------------------------------------------------------------------
+
+
+def refused(name: str, context: Any) -> str:
+    with pytest.raises(UserError) as raised:
+        METHODS[name](context)
+    text = str(raised.value)
+    assert text.count(". ") == 0 and text.endswith(".") and "\n" not in text, "one sentence"
+    return text
+
+
+@methods
+def test_what_it_needs_is_asked_for(name: str) -> None:
+    here = world("text")
+    for need in METHODS[name].needs - {"llm"}:
+        assert need in refused(name, here.context(**{need: ABSENT[need]}))
+    assert "no forget samples" in refused(name, here.context(forget=()))
+
+
+@methods
+def test_what_it_wants_is_missed_aloud(name: str) -> None:
+    method = METHODS[name]
+    here = world("text")
+    full = set(cell(name, "text").outcome.notes)
+    for want in method.wants - {"llm"}:
+        notes = method(here.context(**{want: ABSENT[want]}), options_of(name, "text", **quick(method))).notes
+        word = {"unseen": "never-seen"}.get(want, want)
+        assert any(word in note and "no " in note for note in set(notes) - full), f"{name} is silent without {want}"
+
+
+@methods
+def test_it_does_without_what_it_does_not_declare(name: str) -> None:
+    method = METHODS[name]
+    away = {k: v for k, v in ABSENT.items() if k not in method.needs}
+    outcome = method(world("text").context(**away), options_of(name, "text", **quick(method)))
+    assert all(bool(p.isfinite().all()) for p in outcome.model.parameters())
+
+
+@methods
+def test_modalities_are_honest(name: str) -> None:
+    method = METHODS[name]
+    assert method.modalities and method.modalities <= set(MODALITIES.values())
+    for where in ("text", "resnet", "llava"):
+        if MODALITIES[where] not in method.modalities:
+            assert MODALITIES[where] in refused(name, world(where).context())
+
+
+@methods
+def test_helpers_that_hold_data_are_declared(name: str) -> None:
+    """A method that asks for the base and trains it has had a second model with private data in it."""
+    method = METHODS[name]
+    made: list[nn.Module] = []
+    here = world("text")
+
+    def base() -> nn.Module:
+        made.append(here.base())
+        return made[-1]
+
+    outcome = method(here.context(base=base), options_of(name, "text", **quick(method)))
+    trained = [m for m in made if m is not outcome.model and not same(m, here.start)]
+    assert bool(trained) <= method.helpers_hold_data
+
+
+@methods
+def test_what_it_says_about_itself(name: str) -> None:
+    method = METHODS[name]
+    assert method.summary and method.paper and method.formula
+    for f in fields(method.options):
+        assert f.metadata.get("meaning"), f"{name}: option {f.name} has no meaning"
+    with pytest.raises(UserError, match=r"unknown option of method .* 'epoch': did you mean 'epochs'\?"):
+        method.configure({"epoch": 3})
+    with pytest.raises(UserError, match="'epochs' = 'many' is not a"):
+        method.configure({"epochs": "many"})
+
+
+# -- seeds, restarts, adapters -----------------------------------------------------------------------------------------
+
+
+def quick(method: Method) -> dict[str, Any]:
+    """Options that end after a few steps."""
+    few: dict[str, Any] = {"epochs": 1}
+    return few | ({"steps": 3, "groups": "all"} if "groups" in {f.name for f in fields(method.options)} else {})
+
+
+@pytest.mark.parametrize(("name", "where"), [c for c in CELLS if c[1] in ("text", "resnet")])
+def test_the_seed_decides(name: str, where: str) -> None:
+    method, here = METHODS[name], world(where)
+    options = options_of(name, where, **quick(method))
+    first, again, other = (method(here.context(seed=s), options).model for s in (1, 1, 2))
+    assert same(first, again)
+    assert not same(first, other)
+    assert all(bool(p.isfinite().all()) for p in other.parameters())
+
+
+@methods
+def test_the_world_outside_keeps_its_random_numbers(name: str) -> None:
+    state, numbers = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index, union-attr]
+    METHODS[name](world("text").context(), options_of(name, "text", **quick(METHODS[name])))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert np.random.get_state()[1].tolist() == numbers  # type: ignore[index, union-attr]
+
+
+@methods
+def test_a_work_folder_changes_nothing(name: str, tmp_path: Path) -> None:
+    method, here = METHODS[name], world("text")
+    options = options_of(name, "text", **quick(method), checkpoint_every=1)
+    plain = method(here.context(), options).model
+    assert same(plain, method(here.context(work=tmp_path / "new" / "folder"), options).model)
+    assert not list((tmp_path / "new" / "folder").glob("checkpoint*"))
+
+
+@pytest.mark.parametrize(("name", "where"), [c for c in CELLS if c[1] in ("text", "resnet")])
+def test_lora_changes_the_adapter_alone(name: str, where: str) -> None:
+    method, here = METHODS[name], world(where)
+    context = here.context(lora=True)
+    before = state_of(context.model)
+    model = method(context, options_of(name, where, **quick(method))).model
+    assert math.isfinite(here.loss(model, here.forget))
+    if name == "retrain":
+        assert not is_lora(model), "the reference is a whole model"
+        return
+    after = state_of(model)
+    moved = {n for n, t in before.items() if not torch.equal(t, after[n])}
+    assert moved and all("lora_" in n or "running_" in n or "num_batches" in n for n in moved)
+
+
+def test_lora_forgets_too() -> None:
+    here = world("text")
+    for name in ("npo", "cluster"):
+        settings = {"epochs": 12.0, "learning_rate": 2e-2, "batch_size": 3} if name == "npo" else {"steps": 40}
+        model = METHODS[name](here.context(lora=True), METHODS[name].configure(settings)).model
+        assert here.loss(model, here.forget) > here.loss(here.original, here.forget) + 0.2
+        assert here.loss(model, here.retain) < 0.5 * here.loss(here.start, here.retain)
+
+
+def test_names_and_aliases() -> None:
+    assert get_method("cluster_driven") is get_method("cluster")
+    with pytest.raises(UserError, match=r"unknown method 'nop': did you mean 'npo'\?"):
+        get_method("nop")
+
+
+def test_the_nearest_option_for_misspelt_ones_of_its_own() -> None:
+    with pytest.raises(UserError, match="did you mean 'negations'"):
+        METHODS["cluster"].configure({"negation": 3})
+    with pytest.raises(UserError, match="allowed are spectral, kmeans, random, all"):
+        METHODS["cluster"].configure({"groups": "ward"})
+
+
+def test_nothing_of_this_needs_torchvision() -> None:
+    for where in WORLDS:
+        assert math.isfinite(world(where).loss(world(where).original, world(where).unseen))
+    assert "torchvision" not in sys.modules
+
+
+@methods
+def test_one_sample_of_each_role_is_enough(name: str) -> None:
+    here = world("text")
+    few = here.context(forget=here.forget[:1], retain=here.retain[:1], unseen=here.unseen[:1])
+    model = METHODS[name](few, options_of(name, "text", **quick(METHODS[name]))).model
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+@methods
+def test_the_order_in_a_file_does_not_decide_what_is_forgotten(name: str) -> None:
+    """Reversed samples, in other words other batches, may not turn forgetting into remembering."""
+    if not TABLE.get(name, Row()).forgets:
+        pytest.skip(f"{name} promises nothing about the forget samples themselves")
+    here = world("text")
+    context = here.context(forget=here.forget[::-1], retain=here.retain[::-1])
+    model = METHODS[name](context, options_of(name, "text")).model
+    assert here.loss(model, here.forget) > here.loss(here.original, here.forget) + 0.2
+
+
+def test_a_base_of_another_shape_is_refused() -> None:
+    here = world("text")
+
+    def other() -> nn.Module:
+        config = copy.deepcopy(here.original.config)
+        config.intermediate_size = 40
+        model: nn.Module = type(here.original)(config)
+        return model
+
+    context = replace(here.context(), base=other)
+    assert "does not have the original's shape" in refused("cluster", context)
