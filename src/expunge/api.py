@@ -15,7 +15,15 @@ from typing import Any
 from expunge.bench.evaluate import EvaluateOptions
 from expunge.bench.plan import Entry, StudyOptions, check_study, parse_methods
 from expunge.bench.prepare import Workshop, check_preset, start_model
-from expunge.bench.single import Request, audit_models, check_roles, check_room, train_model, unlearn_model
+from expunge.bench.single import (
+    Request,
+    audit_models,
+    check_roles,
+    check_room,
+    say_truncated,
+    train_model,
+    unlearn_model,
+)
 from expunge.bench.study import Study
 from expunge.data.samples import Dataset, Role
 from expunge.errors import UserError
@@ -418,6 +426,7 @@ def bench(
             )
             shop = Workshop(models, base, options, progress)
             Study(run, shop, dataset, entries, options, progress).complete()
+            say_truncated(run, shop.adapter, progress)
             run.finish(flops=shop.adapter.meter.flops)
         return finished(run)
 

@@ -109,9 +109,8 @@ def write(
     good = [r for r in rows if "failed" not in r]
     warnings = [*dataset.notes]
     warnings += [f"{r['key']} failed: {r['failed']}" for r in failed]
-    truncated = sorted(shop.adapter.truncated)
-    if truncated:
-        warnings.append(f"{len(truncated)} sample(s) were longer than the context and cut, e.g. {truncated[0]}")
+    if shop.adapter.truncated:
+        warnings.append(truncation(shop.adapter))
     uses_base = [r["method"] for r in rows if "base" in (r.get("properties") or {}).get("wants", ())]
     if options.blind and uses_base:
         names = ", ".join(dict.fromkeys(uses_base))
@@ -152,6 +151,13 @@ def write(
     }
     run.write_json("results.json", content)
     run.write_jsonl("samples.jsonl", _samples(good))
+
+
+def truncation(adapter: Adapter) -> str:
+    """How many samples were cut, and which."""
+    ids = sorted(adapter.truncated)
+    more = f" and {len(ids) - 3} more" if len(ids) > 3 else ""
+    return f"{len(ids)} sample(s) were longer than the context and cut: {', '.join(ids[:3])}{more}."
 
 
 def _name(row: dict[str, Any]) -> str:

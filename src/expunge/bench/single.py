@@ -23,6 +23,7 @@ from expunge.data.registry import load_dataset
 from expunge.data.samples import ROLES, Dataset, Role, Sample
 from expunge.errors import UserError, unknown
 from expunge.files import digest_folder
+from expunge.models.adapter import Adapter
 from expunge.models.load import Loaded, load_model, save_model
 from expunge.models.lora import LoraOptions
 from expunge.models.memory import check_resources, estimate
@@ -89,6 +90,14 @@ def check_room(model: str, out: Path, request: Request, *, train: bool, copies: 
     return str(needed)
 
 
+def say_truncated(run: Run, adapter: Adapter, progress: Progress) -> None:
+    """Never cut a sample silently."""
+    if adapter.truncated:
+        text = results.truncation(adapter)
+        progress.say(text)
+        run.note(text)
+
+
 def check_roles(dataset: Dataset, roles: Sequence[Role]) -> None:
     """Raises UserError for a role that does not exist, or when the roles hold nothing to train on."""
     for role in roles:
@@ -125,8 +134,7 @@ def train_model(
             loaded.model, loaded.adapter, samples, options, seed=request.seed, work=run.folder / "work",
             progress=progress, name="train",
         )  # fmt: skip
-    if loaded.adapter.truncated:
-        run.note(f"{len(loaded.adapter.truncated)} sample(s) were longer than the context and cut.")
+    say_truncated(run, loaded.adapter, progress)
     folder = save_model(loaded, run.folder / "model")
     figures = {"first_loss": log.steps[0]["nll"], "last_loss": log.last("nll"), "steps": len(log.steps)}
     run.write_json("results.json", {"schema": TRAINING, **figures, "cost": cost.record(), "roles": roles})
@@ -190,6 +198,7 @@ def unlearn_model(
     if measured:
         _row(study, f"main/{entry.label}/0", common, model_after, compared, original)
         results.write(run, shop, dataset, blind, [request.seed], f"{entry.label} on {model}")
+    say_truncated(run, shop.adapter, progress)
     run.finish(
         flops=shop.adapter.meter.flops,
         parameters_changed=common["cost"]["parameters_changed"],
@@ -228,6 +237,7 @@ def audit_models(
     content = {**anchor("audited", 0), "kind": "method", "notes": [f"model: {model}"]}
     _row(study, "main/audited/0", content, loaded.model, compared, before)
     results.write(run, shop, dataset, none, [request.seed], f"Audit of {model}")
+    say_truncated(run, shop.adapter, progress)
     run.finish(flops=shop.adapter.meter.flops)
     shutil.rmtree(run.folder / "work", ignore_errors=True)
 

@@ -144,7 +144,9 @@ class Study:
             self._main_references = self.references(self.measured, self.options.references, "main")
         return self._main_references
 
-    def references(self, dataset: Dataset, count: int, study: str, suffix: str = "") -> References:
+    def references(
+        self, dataset: Dataset, count: int, study: str, suffix: str = "", position: int | None = None
+    ) -> References:
         """Retrained models, measured against each other; their rows are written on the way."""
         options = self.options.evaluate
         if study == "tune":
@@ -158,7 +160,9 @@ class Study:
             key = f"{study}/reference/{r}{suffix}"
             if not self.has(key):
                 spent = self.shop.costs[f"reference-{r}{suffix}"].record(self.shop.retraining())
-                self._store(key, {**anchor("reference", r), "cost": spent}, references.evaluation(r))
+                self._store(
+                    key, {**anchor("reference", r), "position": position, "cost": spent}, references.evaluation(r)
+                )
         return references
 
     def evaluate(
@@ -216,7 +220,7 @@ class Study:
             keys = [f"size/{e.label}/{s}@{size}" for s in self.seeds for e in self.entries]
             if all(self.has(k) for k in keys):
                 continue
-            references = self.references(measured, 2, "size", f"~{size}")
+            references = self.references(measured, 2, "size", f"~{size}", size)
             for seed in self.seeds:
                 original = self.shop.original(self.dataset, seed)
                 start = self.original_row(f"size/original/{seed}@{size}", original, seed, measured, references, size)

@@ -47,7 +47,7 @@ def notices(results: Mapping[str, Any]) -> list[str]:
     """What the reader must know before believing the table."""
     found = [str(w) for w in results.get("warnings", ()) if not str(w).startswith("not measured: ")]
     more = len(results.get("warnings", ())) - len(found[:NOTICES])
-    return [f"Note: {text}" for text in found[:NOTICES]] + ([f"({more} more in the report)"] if more else [])
+    return [f"Note: {text}" for text in found[:NOTICES]] + ([f"({more} more note(s) in the report.)"] if more else [])
 
 
 def tell(result: Result, as_json: bool, more: Sequence[str] = ()) -> None:
