@@ -154,8 +154,9 @@ def get_method(name: str) -> Method:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses of the file look themselves up there
+        before = set(_METHODS)
         spec.loader.exec_module(module)
-        if wanted not in _METHODS:
+        if wanted not in _METHODS or (wanted in before and _place(_METHODS[wanted].run)[0] != spec.name):
             raise UserError(f"'{path}' registers no method called '{wanted}'.")
         return _METHODS[wanted]
     methods = all_methods()
