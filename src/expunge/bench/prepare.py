@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +108,9 @@ def start_model(
         return load_model(model, **load)
     assert init is not None
     kept = folder / "base"
+    name = f"{init}, made anew"  # not the folder, which may be moved
     if (folder / "base.json").exists():
-        return load_model(kept, **load)
+        return replace(load_model(kept, **load), source=name)
     made = initialised(dataset, init, seed)
     if dataset["utility"]:
         settings = TrainOptions(epochs=options.base_epochs, batch_size=options.batch_size, precision=options.precision)
@@ -130,7 +131,7 @@ def start_model(
     made.model.eval()
     save_model(made, kept)
     write_json(folder / "base.json", {"wall_s": seconds})
-    return load_model(kept, **load)
+    return replace(load_model(kept, **load), source=name)
 
 
 def check_preset(preset: str | None) -> None:

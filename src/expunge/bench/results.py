@@ -85,7 +85,7 @@ def request_metrics(model: nn.Module, adapter: Adapter, requests: Sequence[Datas
                 for place, mean in zip(group, means, strict=True):
                     order[place] = mean
         people = [s.subject for s in request["forget"]]
-        out[f"prob.request_{i + 1}"] = bootstrap_mean(np.exp(-np.asarray(order)), people).record()
+        out[f"prob.request_{i + 1}"] = bootstrap_mean(np.exp(-np.asarray(order)), people, definition="prob/1").record()
     return out
 
 
