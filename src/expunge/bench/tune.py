@@ -94,7 +94,7 @@ def tuned(study: Study, trials: int) -> dict[str, dict[str, Any]]:
             if number < len(done):
                 continue
             if references is None:
-                references = study.references(dataset, 1, "tune", "~tune")
+                references = study.references(dataset, 2, "tune", "~tune")
                 original = study.shop.original(study.dataset, 0)
                 adapter = study.shop.adapter
                 start = evaluate(original, adapter, dataset, references=references, original="self", options=quick)

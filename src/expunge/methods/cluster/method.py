@@ -177,6 +177,21 @@ class Sources:
         return self.capped(raw)
 
 
+def never_seen_level(sources: Sources) -> float:
+    """The mean loss on the forget answers that a model without them should have, nats per token.
+
+    The original's loss on never-seen text, plus how much harder the forget texts are than those for the anchor, which
+    has seen neither: requests differ in difficulty, and a retrained model shows it.
+    """
+    context = sources.context
+    level = float(np.mean(mean_losses(context.model, context.adapter, context.unseen)))
+    if sources.anchor is None:
+        return level
+    forget = [-float(log_nV.gather(1, t[:, None]).mean()) for log_nV, t in sources.bound if len(t)]
+    unseen = mean_losses(sources.anchor, context.adapter, context.unseen)
+    return level + float(np.mean(forget)) - float(np.mean(unseen))
+
+
 def build_targets(context: Context, options: ClusterOptions, anchor: nn.Module | None, has_proxy: bool) -> Targets:
     """Ask the members about the forget samples and calibrate their ensemble on never-seen text."""
     sources = Sources(context, options, anchor, has_proxy)
@@ -184,12 +199,12 @@ def build_targets(context: Context, options: ClusterOptions, anchor: nn.Module |
     members = {name: found for name, found in asked.items() if found is not None}
     if not members:
         members["original"] = sources.capped([log_nV for log_nV, _ in sources.own])
-    unseen_loss = None
+    level = None
     if context.unseen:
-        unseen_loss = float(np.mean(mean_losses(context.model, context.adapter, context.unseen)))
+        level = never_seen_level(sources)
     else:
         sources.notes.append("no never-seen text was given (--holdout): neither targets nor edit could be calibrated")
-    targets = ensemble(context.forget, members, sources.targets, unseen_loss, options.sharpness)
+    targets = ensemble(context.forget, members, sources.targets, level, options.sharpness)
     targets.notes = [f"targets: {' + '.join(members)}", *sources.notes, *targets.notes]
     return targets
 

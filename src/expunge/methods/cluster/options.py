@@ -17,7 +17,7 @@ class ClusterOptions(TrainOptions):
     """Options of ``cluster``."""
 
     # how long
-    epochs: float = option(2.0, "passes over the retain set in the edit; sets its cost", "measured")
+    epochs: float = option(1.5, "passes over the retain set in the edit; sets its cost", "measured")
     forget_epochs: float = option(3.4, "at least this many passes over the forget set", "measured")
     steps: int | None = option(None, "number of edit steps; overrides both")
     batch_size: int = option(2, "forget samples in one step", "measured")
@@ -57,7 +57,7 @@ class ClusterOptions(TrainOptions):
     retain: str = option(
         "nll", "retain term: nll, kl to the original, or both", "measured", ("nll", "kl", "both", "none")
     )
-    alpha: float = option(3.0, "weight of the retain term", "measured")
+    alpha: float = option(6.0, "weight of the retain term", "measured")
     heal_from: float = option(0.6, "share of the steps after which forgetting comes only now and then", "measured")
     heal_every: int = option(4, "one forget step in so many while healing", "measured")
     worst: float = option(1.0, "share of the retain samples, the most damaged, that healing uses; 1 = all", "measured")
@@ -70,7 +70,7 @@ class ClusterOptions(TrainOptions):
     )
     negation_share: float = option(0.4, "share of the forget samples in one negation", "measured")
     negation_rate: float = option(3e-3, "Muon rate of the copy", "measured")
-    negation_scale: float = option(2.15, "step against the copy's change, as a multiple of it", "measured")
+    negation_scale: float = option(1.6, "step against the copy's change, as a multiple of it", "measured")
     control: float = option(0.0, "gain of the loop that moves the forget loss to the never-seen loss; 0 = off")
     control_every: int = option(15, "steps between measurements of the never-seen loss", "measured")
     harden: float = option(
