@@ -188,7 +188,7 @@ def test_clipping_bounds_the_step() -> None:
         model = tiny_model()
         before = weights(model)
         fitted(model=model, epochs=0.01, optimizer="sgd", learning_rate=1.0, warmup=0.0, clip=clip)
-        return float(sum((p - before[n]).square().sum() for n, p in model.named_parameters())) ** 0.5
+        return float(sum((p.detach() - before[n]).square().sum() for n, p in model.named_parameters())) ** 0.5
 
     assert moved(1e-3) == pytest.approx(1e-3, rel=1e-3)
     assert moved(0.0) > 1e-2
