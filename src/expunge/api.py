@@ -316,7 +316,7 @@ def train(
     )
     given = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "optimizer": optimizer}
     values = {k: v for k, v in given.items() if v is not None}
-    values |= {"precision": "bf16"} if dtype == "bf16" else {}
+    values |= {"precision": "bf16"} if request.half else {}
     options = configure(TrainOptions, values, "option of train")
     dataset = request.dataset()
     check_roles(dataset, roles)
@@ -399,7 +399,7 @@ def bench(
         size_impact=tuple(size_impact),
         tune=tune,
         keep_models=keep_models,
-        precision="bf16" if dtype == "bf16" else "fp32",
+        precision="bf16" if request.half else "fp32",
         evaluate=EvaluateOptions(suite=suite),
         **{k: v for k, v in given.items() if v is not None},  # type: ignore[arg-type]
     )
@@ -422,7 +422,7 @@ def bench(
             progress.every = 30.0  # the trainings inside of a study are many
             models = run.folder / "models"
             base = start_model(
-                models, dataset, options, model=start, init=init, load=request.loading, seed=seed, progress=progress
+                models, dataset, options, model=start, init=init, load=request.training, seed=seed, progress=progress
             )
             shop = Workshop(models, base, options, progress)
             Study(run, shop, dataset, entries, options, progress).complete()

@@ -24,7 +24,7 @@ from expunge.data.samples import ROLES, Dataset, Role, Sample
 from expunge.errors import UserError, unknown
 from expunge.files import digest_folder
 from expunge.models.adapter import Adapter
-from expunge.models.load import Loaded, load_model, save_model
+from expunge.models.load import Loaded, dtype_of, load_model, save_model
 from expunge.models.lora import LoraOptions
 from expunge.models.memory import check_resources, estimate
 from expunge.options import configure
@@ -75,6 +75,21 @@ class Request:
             "context": self.context,
         }
 
+    @property
+    def half(self) -> bool:
+        return self.dtype in ("bf16", "bfloat16", "fp16", "float16")
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """As :attr:`loading`, but half-precision models train on fp32 weights (small steps would round away), with
+        passes under autocast; they are saved and measured in their own precision."""
+        return {**self.loading, "dtype": "fp32" if self.half else self.dtype}
+
+    def served(self, model: nn.Module) -> nn.Module:
+        """The model in the precision that was asked for."""
+        number_type = dtype_of(self.dtype)
+        return model if number_type is None else model.to(number_type)
+
     def lora_options(self) -> LoraOptions | None:
         return None if self.lora is None else configure(LoraOptions, self.lora, "option of --lora")
 
@@ -85,7 +100,8 @@ class Request:
 
 def check_room(model: str, out: Path, request: Request, *, train: bool, copies: int = 1) -> str:
     """Refuse before the start if memory or disk are too small; else the estimate in words."""
-    needed = estimate(model, dtype=request.dtype, train=train, lora=request.lora_options(), copies=copies)
+    dtype = request.training["dtype"] if train else request.dtype
+    needed = estimate(model, dtype=dtype, train=train, lora=request.lora_options(), copies=copies)
     check_resources(needed, out, device=request.device)
     return str(needed)
 
@@ -125,7 +141,7 @@ def train_model(
     if (model is None) == (init is None):
         raise UserError("name what to train: --model FOLDER, or --init tiny for a new small model.")
     if model is not None:
-        loaded = load_model(model, **request.loading, lora=request.lora_options(), seed=request.seed)
+        loaded = load_model(model, **request.training, lora=request.lora_options(), seed=request.seed)
     else:
         assert init is not None
         loaded = initialised(dataset, init, request.seed)
@@ -135,6 +151,7 @@ def train_model(
             progress=progress, name="train",
         )  # fmt: skip
     say_truncated(run, loaded.adapter, progress)
+    loaded.model = request.served(loaded.model)
     folder = save_model(loaded, run.folder / "model")
     figures = {"first_loss": log.steps[0]["nll"], "last_loss": log.last("nll"), "steps": len(log.steps)}
     run.write_json("results.json", {"schema": TRAINING, **figures, "cost": cost.record(), "roles": roles})
@@ -161,9 +178,9 @@ def unlearn_model(
     A run that was stopped after the unlearning goes on with the measurement.
     """
     progress = progress or Progress(event=run.event)
-    loaded = load_model(model, **request.loading, lora=request.lora_options(), seed=request.seed)
+    loaded = load_model(model, **request.training, lora=request.lora_options(), seed=request.seed)
     if base is not None:
-        start = load_model(base, **request.loading)
+        start = load_model(base, **request.training)
         shop = Workshop(run.folder / "work", Loaded(start.model, loaded.adapter, base), options, progress)
     else:
         shop = Workshop(run.folder / "work", Loaded(loaded.model, loaded.adapter, model), options, progress)
@@ -172,15 +189,18 @@ def unlearn_model(
     compared, original = (None, None)
     if measured:
         compared = measured_references(study, request, references)
-        original = _row(study, "main/original/0", anchor("original", 0), loaded.model, compared, "self")
+        before = load_model(model, **request.loading).model if request.half else loaded.model
+        original = _row(study, "main/original/0", anchor("original", 0), before, compared, "self")
+        del before
     folder, made = run.folder / "model", "work/unlearned.json"
     if (run.folder / made).exists():
         common = run.read_json(made)
         model_after = load_model(folder, **request.loading).model
     else:
         context = study.context(entry, loaded.model, request.seed, dataset, f"main/{entry.label}/0")
-        outcome, cost = study.apply(context, entry.method, entry.configured())
-        loaded.model = model_after = outcome.model
+        more = {"precision": "bf16"} if request.half and hasattr(entry.method.options, "precision") else None
+        outcome, cost = study.apply(context, entry.method, entry.configured(more))
+        loaded.model = model_after = request.served(outcome.model)
         save_model(loaded, folder)
         common = {
             "method": entry.label,
