@@ -404,3 +404,16 @@ def test_a_sample_without_an_answer_is_no_obstacle() -> None:
     here = text()
     empty = Sample(id="empty", subject="x", prompt="who", target="")
     assert math.isfinite(here.loss(run(here.context(forget=(*here.forget, empty))).model, here.forget))
+
+
+def test_targets_in_blocks_are_those_of_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large requests are built block by block; at one sharpness every distribution is the same."""
+    context = text().context(base=None)
+    options = METHOD.configure({"sharpness": 1.3})
+    whole = build_targets(context, options, None, False)
+    monkeypatch.setattr("expunge.methods.cluster.method.BLOCK_ELEMENTS", 1)  # one sample a block
+    parts = build_targets(context, options, None, False)
+    assert list(parts.kept) == list(whole.kept) and len(whole.kept) > 1
+    for name, entry in whole.kept.items():
+        for one, other in zip(entry, parts.kept[name], strict=True):
+            assert torch.allclose(one, other, atol=1e-5)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,12 +37,14 @@ from expunge.methods.cluster.targets import (
 )
 from expunge.methods.registry import Context, Outcome
 from expunge.methods.retrain import from_scratch
+from expunge.models.adapter import evaluating
 from expunge.models.lora import is_lora
 from expunge.training.loop import Feed, TrainOptions, fit, train
 from expunge.training.terms import Teacher
 
 State = dict[str, Tensor]
 SCRATCH_LIMIT = 1.3
+BLOCK_ELEMENTS = 1 << 28  # numbers of one member's distributions held at once: 1 GiB
 
 
 def weights(model: nn.Module) -> State:
@@ -193,17 +195,50 @@ def never_seen_level(sources: Sources) -> float:
 
 
 def build_targets(context: Context, options: ClusterOptions, anchor: nn.Module | None, has_proxy: bool) -> Targets:
-    """Ask the members about the forget samples and calibrate their ensemble on never-seen text."""
+    """Ask the members about the forget samples and calibrate their ensemble on never-seen text.
+
+    Whole distributions are held for a block of samples at a time; a request of more than one block is calibrated on
+    samples spread over all of it.
+    """
+    blocks = cut(context)
+    if len(blocks) == 1:
+        return _targets_of(context, options, anchor, has_proxy)
+    every = len(blocks)
+    spread = _targets_of(replace(context, forget=context.forget[::every]), options, anchor, has_proxy)
+    fixed = replace(options, sharpness=spread.sharpness)
+    parts = [_targets_of(replace(context, forget=block), fixed, anchor, has_proxy) for block in blocks]
+    spread.kept = {name: entry for part in parts for name, entry in part.kept.items()}
+    return spread
+
+
+def cut(context: Context) -> list[list[Sample]]:
+    """The forget samples in blocks whose distributions fit ``BLOCK_ELEMENTS`` numbers per member."""
+    with evaluating(context.model):
+        vocab = context.adapter.positions(context.model, context.forget[:1]).vocab
+    room = max(1, BLOCK_ELEMENTS // vocab)
+    blocks: list[list[Sample]] = [[]]
+    used = 0
+    for sample in context.forget:
+        tokens = context.adapter.num_targets(sample)
+        if blocks[-1] and used + tokens > room:
+            blocks.append([])
+            used = 0
+        blocks[-1].append(sample)
+        used += tokens
+    return blocks
+
+
+def _targets_of(context: Context, options: ClusterOptions, anchor: nn.Module | None, has_proxy: bool) -> Targets:
     sources = Sources(context, options, anchor, has_proxy)
     asked = {name: sources.member(name) for name in chosen_members(context, options, has_proxy)}
     members = {name: found for name, found in asked.items() if found is not None}
     if not members:
         members["original"] = sources.capped([log_nV for log_nV, _ in sources.own])
     level = None
-    if context.unseen:
-        level = never_seen_level(sources)
-    else:
+    if not context.unseen:
         sources.notes.append("no never-seen text was given (--holdout): neither targets nor edit could be calibrated")
+    elif options.sharpness is None:
+        level = never_seen_level(sources)
     targets = ensemble(context.forget, members, sources.targets, level, options.sharpness)
     targets.notes = [f"targets: {' + '.join(members)}", *sources.notes, *targets.notes]
     return targets
