@@ -199,6 +199,14 @@ def test_killed_at_a_random_row_and_run_again_gives_the_same(study: api.Result, 
     assert json.loads((out / "run.json").read_text())["status"] == "running", "nobody could write a farewell"
     for file in files[:keep]:
         shutil.copy(file, out / "rows" / file.name)
+    # The models of those rows were made before them, and stand there too.
+    until = files[keep - 1].stat().st_mtime if keep else 0.0
+    facts = [p for p in study.folder.glob("models/*.json") if p.stat().st_mtime <= until]
+    for file in [*facts, study.folder / "tuning.json"]:
+        if file.stat().st_mtime <= until:
+            shutil.copy(file, out / file.relative_to(study.folder))
+    for file in facts:
+        shutil.copytree(file.with_suffix(""), out / "models" / file.stem, dirs_exist_ok=True)
     done = subprocess.run([*command(out), "--json"], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     resumed = json.loads((out / "results.json").read_text())
