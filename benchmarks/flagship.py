@@ -72,7 +72,7 @@ def main() -> None:
                 blind=blind,
                 quiet=False,
             )
-            print(f"\n## {label} (goals met are starred; cost goal {COST:.0%})\n\n{table(result.results)}\n", flush=True)
+            print(f"\n## {label} (met goals are starred; cost {COST:.0%})\n\n{table(result.results)}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -127,6 +127,7 @@ def unlearn(
     retain: Text | None = None,
     holdout: Text | None = None,
     utility: Text | None = None,
+    earlier: Text | None = None,
     data: str | None = None,
     data_dir: Text | None = None,
     data_options: Mapping[str, Any] | None = None,
@@ -160,6 +161,7 @@ def unlearn(
         retain=retain,
         holdout=holdout,
         utility=utility,
+        earlier=earlier,
         lora=lora,
         device=device,
         dtype=dtype,
@@ -176,6 +178,7 @@ def unlearn(
     options = StudyOptions(evaluate=EvaluateOptions(suite="quick" if suite == "none" else suite))
     options.evaluate.resolved()
     dataset = request.dataset()
+    before_this = request.earlier_samples()
     estimate = check_room(str(model), Path(out), request, train=True, copies=1 + (base is not None))
     check_models(base, *references)
     folders = [str(r) for r in references]
@@ -195,6 +198,7 @@ def unlearn(
                 model=str(model),
                 base=before,
                 references=folders,
+                earlier=before_this,
                 measured=suite != "none",
                 progress=shown(quiet, run),
             )

@@ -18,7 +18,7 @@ from expunge.bench.evaluate import Evaluation, References, evaluate
 from expunge.bench.plan import Entry, StudyOptions
 from expunge.bench.prepare import Workshop, initialised
 from expunge.bench.study import Study, anchor
-from expunge.data.files import load_files
+from expunge.data.files import load_files, read_samples
 from expunge.data.registry import load_dataset
 from expunge.data.samples import ROLES, Dataset, Role, Sample
 from expunge.errors import UserError, unknown
@@ -46,6 +46,7 @@ class Request:
     retain: Path | str | None = None
     holdout: Path | str | None = None
     utility: Path | str | None = None
+    earlier: Path | str | None = None
     device: str = "auto"
     dtype: str = "fp32"
     template: str = "auto"
@@ -65,6 +66,10 @@ class Request:
             return load_dataset(self.data, data_dir=self.data_dir, seed=self.seed, options=self.data_options)
         assert self.forget is not None
         return load_files(forget=self.forget, retain=self.retain, holdout=self.holdout, utility=self.utility).check()
+
+    def earlier_samples(self) -> tuple[Sample, ...]:
+        """What earlier requests have erased from the same model, and must stay erased."""
+        return () if self.earlier is None else tuple(read_samples(self.earlier, prefix="earlier"))
 
     @property
     def loading(self) -> dict[str, Any]:
@@ -170,6 +175,7 @@ def unlearn_model(
     model: str,
     base: str | None = None,
     references: Sequence[str] = (),
+    earlier: Sequence[Sample] = (),
     measured: bool = True,
     progress: Progress | None = None,
 ) -> Path:
@@ -198,6 +204,7 @@ def unlearn_model(
         model_after = load_model(folder, **request.loading).model
     else:
         context = study.context(entry, loaded.model, request.seed, dataset, f"main/{entry.label}/0")
+        context.earlier = earlier
         more = {"precision": "bf16"} if request.half and hasattr(entry.method.options, "precision") else None
         outcome, cost = study.apply(context, entry.method, entry.configured(more))
         loaded.model = model_after = request.served(outcome.model)

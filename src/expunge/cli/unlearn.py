@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -42,6 +43,9 @@ def command(
     retain: Retain = None,
     holdout: Holdout = None,
     utility: Utility = None,
+    earlier: Annotated[
+        Path | None, typer.Option("--earlier", help="File of samples that earlier requests erased: kept erased.")
+    ] = None,
     data: Data = None,
     data_dir: DataDir = None,
     data_option: DataOption = None,
@@ -87,6 +91,7 @@ def command(
         retain=retain,
         holdout=holdout,
         utility=utility,
+        earlier=earlier,
         method=method,
         set=key_values(set_),
         base=base,

@@ -14,7 +14,7 @@ from expunge.methods.registry import Context, Outcome, method
     wants=frozenset({"retain", "base", "unseen"}),
     sequential="protect",
     helpers_hold_data=True,  # the proxy is trained on the retain set; it is dropped at the end
-    formula="4 JS(q, p_θ) + .3 KL(p_θ ‖ q) on chosen tokens of f + 2 NLL(r), q a calibrated ensemble",
+    formula="4 JS(q, p) + .12 d²/(1 + |d|/4) on chosen tokens of f + 6 NLL(r); q calibrated ensemble, d = log p/q (y)",
 )
 def cluster(context: Context, options: ClusterOptions) -> Outcome:
     """Edit towards what a model without the data could say, where the data has its influence."""

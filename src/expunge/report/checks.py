@@ -90,10 +90,7 @@ def _anchors(view: View) -> list[str]:
             "nothing shows that the forget set had been learnt, so nothing can show that it was forgotten"
         )
     if view.of_kind("base") is None:
-        found.append(
-            "no model from before the private data was kept (base): the report is blind in this respect, and methods "
-            "that use one ran without it"
-        )
+        found.append("the base was not measured: the report cannot say what the original knew before the private data")
     return found
 
 
