@@ -19,7 +19,7 @@ def command(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train, unlearn, attack and measure on invented people, offline, in two to three minutes.
+    """Train, unlearn, attack and measure on invented people, offline, in about a minute.
 
     A small model learns invented people; three of them ask to be forgotten. Three methods try, and are compared
     with models that were retrained without them.

@@ -35,7 +35,7 @@ class Verb:
 
 
 VERBS: tuple[Verb, ...] = (
-    Verb("demo", "Train, unlearn, attack and measure on invented people, offline, in two to three minutes."),
+    Verb("demo", "Train, unlearn, attack and measure on invented people, offline, in about a minute."),
     Verb("unlearn", "Make a model forget samples; the unlearned model, its measurement and a report go to --out."),
     Verb(
         "audit",
