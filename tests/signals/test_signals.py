@@ -15,8 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from expunge.data.samples import Sample
 from expunge.errors import UserError
 from expunge.models import adapter as adapter_module
+from expunge.models.snapshot import snapshot
 from expunge.models.text import TextAdapter
-from expunge.signals.distribution import snapshot, total_variation, tv_per_token
+from expunge.signals.distribution import total_variation, tv_per_token
 from expunge.signals.forward import collect, token_numbers
 from expunge.signals.record import Signals, text_sizes
 

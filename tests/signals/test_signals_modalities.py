@@ -16,7 +16,8 @@ from expunge.data.samples import Sample
 from expunge.models.adapter import Adapter, Batch, Head
 from expunge.models.classifier import ClassifierAdapter
 from expunge.models.images import Preprocess
-from expunge.signals.distribution import snapshot, tv_per_token
+from expunge.models.snapshot import snapshot
+from expunge.signals.distribution import tv_per_token
 from expunge.signals.forward import collect
 
 

@@ -24,8 +24,8 @@ from expunge.data.samples import Dataset
 from expunge.errors import UserError
 from expunge.metrics.divergence import per_sample
 from expunge.models.adapter import Adapter
+from expunge.models.snapshot import TokenDistributions
 from expunge.progress import Progress
-from expunge.signals.distribution import TokenDistributions
 from expunge.stats import Estimate
 
 __all__ = ["EvaluateOptions", "Evaluation", "References", "evaluate"]

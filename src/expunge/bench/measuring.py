@@ -20,9 +20,10 @@ from expunge.data.samples import ROLES, Dataset, Modality, Role, Sample
 from expunge.errors import UserError
 from expunge.metrics.tofu import wanted
 from expunge.models.adapter import Adapter, Batch, Head, Positions
+from expunge.models.snapshot import TokenDistributions, snapshot
 from expunge.options import option
 from expunge.progress import Progress
-from expunge.signals.distribution import TokenDistributions, snapshot, total_variation
+from expunge.signals.distribution import total_variation
 from expunge.signals.forward import collect
 from expunge.signals.record import Signals
 

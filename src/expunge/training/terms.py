@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from expunge.data.samples import Sample
-from expunge.models.adapter import Adapter, Head, Positions, evaluating
+from expunge.models.adapter import Adapter, Head, Positions
+from expunge.models.snapshot import TokenDistributions, snapshot
 
 
 @dataclass
@@ -60,36 +61,29 @@ class Term:
 
 @dataclass
 class Teacher:
-    """A frozen model's states at the target positions of given samples, computed once, with its head.
+    """A frozen model's distributions on given samples, taken once: no second model in memory, no N×V logits."""
 
-    Keeps N×D numbers instead of N×V logits, and no second model in memory.
-    """
-
-    head: Head
-    hidden: dict[str, Tensor]  # sample id -> (n, D)
+    head: Head  # on the model's device
+    store: TokenDistributions
     log_prob_sum: dict[str, float]
 
     @classmethod
     def of(cls, model: nn.Module, adapter: Adapter, samples: Sequence[Sample], max_tokens: int = 8192) -> Teacher:
         """One pass of ``model`` over ``samples``."""
-        hidden: dict[str, Tensor] = {}
+        store = snapshot(model, adapter, samples, max_tokens=max_tokens)
+        device = next(model.parameters()).device
+        store.head.module.to(device)
         sums: dict[str, float] = {}
-        head: Head | None = None
-        with evaluating(model):
-            for group in adapter.batches(samples, max_tokens):
-                positions = adapter.positions(model, [samples[i] for i in group])
-                if head is None:
-                    head = positions.head.snapshot()
-                sum_B = positions.sum_per_sample(positions.log_prob_N())
-                for row, i in enumerate(group):
-                    hidden[samples[i].id] = positions.hidden_ND[positions.sample_N == row].clone()
-                    sums[samples[i].id] = float(sum_B[row])
-        assert head is not None, "a teacher needs samples"
-        return cls(head, hidden, sums)
+        with torch.no_grad():
+            for name, hidden_LD in store.hidden.items():
+                targets_L = store.targets[name].to(device)
+                own = Positions(hidden_LD.to(device), targets_L, torch.zeros_like(targets_L), 1, store.head)
+                sums[name] = float(own.log_prob_N().sum())
+        return cls(store.head, store, sums)
 
     def hidden_ND(self, samples: Sequence[Sample]) -> Tensor:
         """States at the target positions of these samples, one after another."""
-        return torch.cat([self.hidden[s.id] for s in samples])
+        return torch.cat([self.store.hidden[s.id] for s in samples])
 
     def log_prob_B(self, samples: Sequence[Sample], like: Tensor) -> Tensor:
         """Summed target log-probabilities of these samples under the teacher, nats."""
