@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 CURVE_POINTS = 120
 SCHEMA = "expunge.results/1"
+SHARES = re.compile(  # metrics that lie in [0, 1]
+    r"(^|\.)(prob|accuracy|extraction_strength|rouge_l|kfr|kfr_fluent|krr|ls|auc|ks_distance|verdict)(\.|$)"
+    r"|^tv\.(forget|floor)$"
+)
 KINDS = ("base", "original", "reference", "identity", "random-edit", "method")
 
 
@@ -194,7 +199,7 @@ def summaries(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for name in dict.fromkeys(n for m in merged for n in m):
             found = [m[name] for m in merged if m.get(name) and m[name]["value"] is not None]
             if found:
-                metrics[name] = _over_seeds(found)
+                metrics[name] = _over_seeds(name, found)
         cost: dict[str, Any] = {}
         for name in dict.fromkeys(n for r in group for n in r.get("cost", {})):
             values = [r["cost"][name] for r in group if r["cost"].get(name) is not None]
@@ -213,15 +218,18 @@ def summaries(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _over_seeds(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _over_seeds(name: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = found[0]
     if len(found) == 1:
         return {**first, "seeds": 1}
     interval = seed_interval([f["value"] for f in found])
+    low, high = interval.low, interval.high
+    if SHARES.search(name):  # Student's interval knows no bounds; these quantities do
+        low, high = max(0.0, low), min(1.0, high)
     return {
         "value": interval.value,
-        "low": interval.low,
-        "high": interval.high,
+        "low": low,
+        "high": high,
         "n": first["n"],
         "seeds": len(found),
         "definition": first["definition"],
