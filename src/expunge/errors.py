@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+SHOWN = 20  # allowed names that one message lists
+
 
 class UserError(ValueError):
     """The input is wrong. The command line prints the message and ends with exit code 2, without a traceback."""
@@ -19,4 +21,5 @@ def unknown(kind: str, given: str, allowed: Iterable[str]) -> UserError:
     names = sorted(allowed)
     near = difflib.get_close_matches(given, names, n=1, cutoff=0.4)
     hint = f" did you mean '{near[0]}'?" if near else ""
-    return UserError(f"unknown {kind} '{given}':{hint} Allowed: {', '.join(names)}.")
+    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return UserError(f"unknown {kind} '{given}':{hint} Allowed: {shown}.")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expunge.data.deletion import by_sample, by_size, by_subject, sequence
+from expunge.data.deletion import by_sample, by_size, by_subject, by_wishes, sequence
 from expunge.data.registry import load_dataset
 from expunge.data.samples import Dataset, Sample, subjects
 from expunge.errors import UserError
@@ -99,3 +99,22 @@ def test_refusals() -> None:
         by_sample(DATA, ["nobody"])
     with pytest.raises(UserError, match="unknown subject"):  # holdout people were never trained on
         by_subject(DATA, [DATA["holdout"][0].subject])
+
+
+def test_wishes_of_the_command_line() -> None:
+    dataset = load_dataset("people", options={"people": 6, "forget": 1, "holdout": 2, "utility": 0, "questions": 3})
+    person = dataset["retain"][0].subject
+    named = by_wishes(dataset, [f"subject={person}"])
+    assert {s.subject for s in named["forget"]} == {person} and len(named.private) == len(dataset.private)
+    ids = [s.id for s in dataset["retain"][:2]]
+    assert [s.id for s in by_wishes(dataset, [f"sample={i}" for i in ids])["forget"]] == ids
+    assert len({s.subject for s in by_wishes(dataset, ["subjects=2"])["forget"]}) == 2
+    assert len(by_wishes(dataset, ["samples=4"])["forget"]) == 4
+    assert by_wishes(dataset, []) is dataset
+
+
+@pytest.mark.parametrize("wishes", [["who=Ada"], ["subject="], ["subjects=2", "samples=1"], ["samples=many"], ["x"]])
+def test_wishes_that_cannot_be_read(wishes: list[str]) -> None:
+    dataset = load_dataset("people", options={"people": 4, "forget": 1, "holdout": 2, "utility": 0, "questions": 2})
+    with pytest.raises(UserError, match="--delete"):
+        by_wishes(dataset, wishes)

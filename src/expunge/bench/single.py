@@ -18,6 +18,7 @@ from expunge.bench.evaluate import Evaluation, References, evaluate
 from expunge.bench.plan import Entry, StudyOptions
 from expunge.bench.prepare import Workshop, initialised
 from expunge.bench.study import Study, anchor
+from expunge.data.deletion import by_wishes
 from expunge.data.files import load_files, read_samples
 from expunge.data.registry import load_dataset
 from expunge.data.samples import ROLES, Dataset, Role, Sample
@@ -47,6 +48,7 @@ class Request:
     holdout: Path | str | None = None
     utility: Path | str | None = None
     earlier: Path | str | None = None
+    delete: Sequence[str] = ()
     device: str = "auto"
     dtype: str = "fp32"
     template: str = "auto"
@@ -63,9 +65,11 @@ class Request:
         if (self.data is None) == (self.forget is None):
             raise UserError("name the data: either --data NAME, or --forget FILE (with --retain FILE).")
         if self.data is not None:
-            return load_dataset(self.data, data_dir=self.data_dir, seed=self.seed, options=self.data_options)
-        assert self.forget is not None
-        return load_files(forget=self.forget, retain=self.retain, holdout=self.holdout, utility=self.utility).check()
+            found = load_dataset(self.data, data_dir=self.data_dir, seed=self.seed, options=self.data_options)
+        else:
+            assert self.forget is not None
+            found = load_files(forget=self.forget, retain=self.retain, holdout=self.holdout, utility=self.utility)
+        return by_wishes(found.check(), self.delete, self.seed)
 
     def earlier_samples(self) -> tuple[Sample, ...]:
         """What earlier requests have erased from the same model, and must stay erased."""

@@ -30,6 +30,10 @@ DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Folder with a 
 DataOption = Annotated[
     list[str] | None, typer.Option("--data-option", metavar="KEY=VALUE", help="Option of the dataset; repeat for more.")
 ]
+Delete = Annotated[
+    list[str] | None,
+    typer.Option("--delete", help="What to forget instead: subject=NAME, sample=ID (repeat), subjects=N or samples=N."),
+]
 Forget = Annotated[
     Path | None, typer.Option("--forget", help="File of the samples to forget: JSONL, JSON, CSV, TSV or Parquet.")
 ]

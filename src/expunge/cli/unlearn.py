@@ -12,6 +12,7 @@ from expunge.cli.common import (
     Data,
     DataDir,
     DataOption,
+    Delete,
     Device,
     DryRun,
     Dtype,
@@ -49,6 +50,7 @@ def command(
     data: Data = None,
     data_dir: DataDir = None,
     data_option: DataOption = None,
+    delete: Delete = None,
     method: Annotated[str, typer.Option("--method", help="Method; see 'expunge ls methods'.")] = "cluster",
     set_: Set = None,
     base: Annotated[
@@ -87,6 +89,7 @@ def command(
         data=data,
         data_dir=data_dir,
         data_options=key_values(data_option, "--data-option"),
+        delete=delete or (),
         forget=forget,
         retain=retain,
         holdout=holdout,

@@ -14,6 +14,8 @@ from expunge.data.chance import shuffled
 from expunge.data.samples import Dataset, Sample, subjects
 from expunge.errors import UserError, unknown
 
+WISHES = ("subject", "sample", "subjects", "samples")
+
 
 def _choose(given: Sequence[str] | int, known: Sequence[str], kind: str, *key: object) -> list[str]:
     """The names themselves, or the first ``given`` of the seed's order."""
@@ -122,3 +124,28 @@ def sequence(dataset: Dataset, k: int, seed: int = 0) -> list[Dataset]:
             ).check()
         )
     return requests
+
+
+def by_wishes(dataset: Dataset, wishes: Sequence[str], seed: int = 0) -> Dataset:
+    """The deletion set that ``--delete`` describes: ``subject=NAME`` or ``sample=ID`` (as often as needed),
+    ``subjects=N`` or ``samples=N``. No wish leaves the dataset as it is.
+
+    Raises:
+        UserError: a wish of another form, wishes of two kinds, or a name or number that does not fit.
+    """
+    if not wishes:
+        return dataset
+    kinds = {wish.partition("=")[0].strip() for wish in wishes}
+    values = [wish.partition("=")[2].strip() for wish in wishes]
+    kind = kinds.pop()
+    if kinds or kind not in WISHES or not all(values):
+        raise UserError(
+            f"--delete {' --delete '.join(wishes)}: give subject=NAME or sample=ID as often as needed, or one "
+            "subjects=N or samples=N, and only one of these kinds."
+        )
+    if kind in ("subject", "sample"):
+        return by_subject(dataset, values) if kind == "subject" else by_sample(dataset, values)
+    if len(values) > 1 or not values[0].isdecimal():
+        raise UserError(f"--delete {kind}={values[-1]} is not one number: write for example --delete {kind}=3.")
+    choose = by_subject if kind == "subjects" else by_sample
+    return choose(dataset, int(values[0]), seed)
