@@ -239,6 +239,8 @@ def test_the_rule() -> None:
 
     good = {"tv.gap_closed": Value(0.6), "retain_ratio": Value(1.0), "mia.loss.gap": Value(0.05)}
     assert tune.score(good) == pytest.approx(0.6)
+    assert tune.score(good, share=0.25) == tune.score(good)
+    assert tune.score(good, share=0.35) == pytest.approx(0.6 - 5 * 0.1)
     assert tune.score({**good, "retain_ratio": Value(0.975)}) == pytest.approx(0.6 - 10 * 0.01)
     assert tune.score({**good, "mia.loss.gap": Value(0.10)}) == pytest.approx(0.6 - 2 * 0.05)
     assert tune.score({**good, "retain_ratio": Value(float("nan"))}) < tune.score(good) - 9

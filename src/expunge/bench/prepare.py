@@ -76,9 +76,9 @@ class Workshop:
         """Trained on retain alone, with another seed than any original."""
         return self.trained(f"reference-{number}{suffix}", dataset["retain"], 1000 + number)
 
-    def retraining(self) -> Cost | None:
-        """Mean cost of the references of the main forget set; a resumed study knows those of its first attempt."""
-        kept = [p for p in sorted(self.folder.glob("reference-*.json")) if "~" not in p.name]
+    def retraining(self, suffix: str = "") -> Cost | None:
+        """Mean cost of the references of the main forget set, or of ``suffix``; earlier attempts count too."""
+        kept = [p for p in sorted(self.folder.glob(f"reference-*{suffix}.json")) if suffix or "~" not in p.name]
         costs = [Cost(**json.loads(p.read_text())) for p in kept]
         if not costs:
             return None

@@ -3,7 +3,8 @@
 The rule is fixed beforehand: the first trial is the method's defaults; the others draw the learning rate (×10^U(-1,1)
 for families, ×2^U(-1,1) for the flagship, which is less sensitive), the passes (×½, 1, 2) and the retain term. A
 trial's score is the share of the total-variation gap closed on the validation forget set, less 10 per point of retain
-ratio below .985, less 2 per point of two-sided membership distance above .05; the best trial's settings are used.
+ratio below .985, less 2 per point of two-sided membership distance above .05, less 5 per point of the cost of
+retraining above .25; the best trial's settings are used.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
     from expunge.bench.study import Study
 
 TUNING_SEED = 97
-RETAIN_GOAL, MEMBERSHIP_GOAL = 0.985, 0.05
+RETAIN_GOAL, MEMBERSHIP_GOAL, COST_GOAL = 0.985, 0.05, 0.25
 
 
-def score(metrics: dict[str, Any]) -> float:
-    """The predeclared rule; missing numbers count as failure of their part."""
+def score(metrics: dict[str, Any], share: float = 0.0) -> float:
+    """The predeclared rule; missing numbers count as failure of their part. ``share`` is that of retraining's cost."""
 
     def value(name: str, otherwise: float) -> float:
         found = metrics.get(name)
@@ -39,7 +40,8 @@ def score(metrics: dict[str, Any]) -> float:
     closed = value("tv.gap_closed", -1.0)
     retain = value("retain_ratio", 0.0)
     gap = value("mia.loss.gap", 0.5)
-    return closed - 10 * max(0.0, RETAIN_GOAL - retain) - 2 * max(0.0, gap - MEMBERSHIP_GOAL)
+    missed = 10 * max(0.0, RETAIN_GOAL - retain) + 2 * max(0.0, gap - MEMBERSHIP_GOAL)
+    return closed - missed - 5 * max(0.0, share - COST_GOAL)
 
 
 def draws(study: Study, entry: Entry, trials: int) -> list[dict[str, Any]]:
@@ -103,14 +105,9 @@ def tuned(study: Study, trials: int) -> dict[str, dict[str, Any]]:
                 context = study.context(entry, copy.deepcopy(original), 0, dataset, f"tune/{entry.label}/{number}")
                 outcome, cost = study.apply(context, entry.method, entry.method.configure(settings))
                 found = evaluate(outcome.model, adapter, dataset, references=references, original=start, options=quick)
-                done.append(
-                    {
-                        "settings": settings,
-                        "score": score(found.metrics),
-                        "metrics": found.record(),
-                        "cost": cost.record(study.shop.retraining()),
-                    }
-                )
+                spent = cost.record(study.shop.retraining("~tune"))
+                scored = score(found.metrics, spent["share_of_retraining"] or 0.0)
+                done.append({"settings": settings, "score": scored, "metrics": found.record(), "cost": spent})
             except Exception as error:
                 done.append(
                     {"settings": settings, "score": None, "failed": study.failure(f"tune/{entry.label}", error)}
@@ -118,8 +115,8 @@ def tuned(study: Study, trials: int) -> dict[str, dict[str, Any]]:
             study.run.write_json("tuning.json", record)
     best: dict[str, dict[str, Any]] = {}
     for entry in study.entries:
-        scored = [t for t in record[entry.label] if t["score"] is not None]
-        if not scored:
+        good = [t for t in record[entry.label] if t["score"] is not None]
+        if not good:
             raise UserError(f"every trial of '{entry.label}' failed: {record[entry.label][0]['failed']}")
-        best[entry.label] = max(scored, key=lambda t: float(t["score"]))["settings"]
+        best[entry.label] = max(good, key=lambda t: float(t["score"]))["settings"]
     return best
