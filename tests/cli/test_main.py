@@ -173,7 +173,13 @@ def test_interrupted_is_130_and_recorded(number: signal.Signals, tmp_path: Path)
     with Run.open({str(tmp_path / "run")!r}, "try", {{}}):
         print("here", flush=True)
         time.sleep(60)"""
-    process = subprocess.Popen(with_verb(body), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        with_verb(body),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell lets its jobs ignore it
+    )
     assert process.stdout is not None and process.stdout.readline() == "here\n"
     time.sleep(0.05)
     process.send_signal(number)

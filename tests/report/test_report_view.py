@@ -111,7 +111,7 @@ def test_warnings_of_a_bare_run() -> None:
     text = "\n".join(warnings(view_of([row("a", "method", prob__forget=0.2)])))
     assert "no retrained model was available" in text
     assert "the original model was not measured" in text
-    assert "blind in this respect" in text
+    assert "the base was not measured" in text
     assert "one seed only" in text
 
 
