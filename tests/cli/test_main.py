@@ -178,7 +178,7 @@ def test_interrupted_is_130_and_recorded(number: signal.Signals, tmp_path: Path)
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell lets its jobs ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - background jobs ignore it
     )
     assert process.stdout is not None and process.stdout.readline() == "here\n"
     time.sleep(0.05)
