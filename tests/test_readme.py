@@ -21,7 +21,7 @@ PYTHON = [body for language, body in BLOCKS if language == "python"]
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``my-model``, ``forget.jsonl`` and ``retain.jsonl``, as the README supposes."""
     from expunge.data.files import load_files
     from expunge.models.load import save_model
@@ -52,15 +52,15 @@ def execute(command: list[str], folder: Path) -> subprocess.CompletedProcess[str
     return done
 
 
-def copied(workplace: Path, folder: Path) -> Path:
+def copied(workshop: Path, folder: Path) -> Path:
     for name in ("my-model", "forget.jsonl", "retain.jsonl"):
-        (folder / name).symlink_to(workplace / name)
+        (folder / name).symlink_to(workshop / name)
     return folder
 
 
 @pytest.mark.parametrize("body", SHELL, ids=lambda body: " ".join(body.split()[:2]))
-def test_commands_run(body: str, workplace: Path, tmp_path: Path) -> None:
-    folder = copied(workplace, tmp_path)
+def test_commands_run(body: str, workshop: Path, tmp_path: Path) -> None:
+    folder = copied(workshop, tmp_path)
     for line in body.splitlines():
         done = execute(["sh", "-ec", line], folder)
         if "--json" in line:
@@ -70,8 +70,8 @@ def test_commands_run(body: str, workplace: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("body", PYTHON, ids=["erase"])
-def test_python_runs(body: str, workplace: Path, tmp_path: Path) -> None:
-    folder = copied(workplace, tmp_path)
+def test_python_runs(body: str, workshop: Path, tmp_path: Path) -> None:
+    folder = copied(workshop, tmp_path)
     execute([sys.executable, "-c", body], folder)
     assert (folder / "runs/erase-17/model/config.json").is_file()
 
