@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 KINDS = ("methods", "attacks", "metrics", "datasets", "models")
-ATTACK_HELPERS = frozenset({"copies"})  # files of the room that are no attack themselves
 # Which attribute of a registry's entry is shown under which word, in reading order.
 SHOWN = {
     "modality": "modality",
@@ -22,6 +21,10 @@ SHOWN = {
     "removes_from_weights": "removes from weights",
     "helpers_hold_data": "helper models hold the data",
     "sequential": "sequence of requests",
+    "family": "family",
+    "tier": "from suite",
+    "access": "attacker sees",
+    "passes": "cost in passes",
     "definition": "definition",
     "direction": "good is",
     "licence": "licence",
@@ -71,15 +74,9 @@ def _metrics() -> Mapping[str, Any]:
 
 
 def _attacks() -> Mapping[str, Any]:
-    """Every file of the room but the helpers, and the scores that the files put into the table of metrics."""
-    package = importlib.import_module("expunge.attacks")
-    found: dict[str, Any] = {}
-    for file in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"expunge.attacks.{file.name}")
-        first, _, rest = (module.__doc__ or "").strip().partition("\n")
-        if file.name not in ATTACK_HELPERS:
-            found[file.name] = SimpleNamespace(summary=first.partition(": ")[2] or first, doc=rest.strip())
-    return found | {name: metric for name, metric in _measures().items() if _is_attack(metric)}
+    from expunge.attacks.registry import all_attacks
+
+    return all_attacks()
 
 
 def _measures() -> Mapping[str, Any]:

@@ -57,8 +57,9 @@ def collect(
             positions = adapter.positions(model, [samples[i] for i in group])
             numbers_NK = positions.per_token(token_numbers).float().cpu().numpy().reshape(-1, 5)
             sample_N = positions.sample_N.cpu().numpy()
+            ids_N = positions.targets_N.cpu().numpy().astype(np.int32)
             for row, index in enumerate(group):
-                found[index] = _record(samples[index], numbers_NK[sample_N == row], adapter)
+                found[index] = _record(samples[index], numbers_NK[sample_N == row], ids_N[sample_N == row], adapter)
             done += len(group)
             if progress is not None:
                 progress.step(done)
@@ -67,7 +68,7 @@ def collect(
     return [signals for signals in found if signals is not None]
 
 
-def _record(sample: Sample, numbers_LK: np.ndarray, adapter: Adapter) -> Signals:
+def _record(sample: Sample, numbers_LK: np.ndarray, ids_L: np.ndarray, adapter: Adapter) -> Signals:
     text_bytes, zlib_bytes = text_sizes(sample.target)
     return Signals(
         id=sample.id,
@@ -80,4 +81,5 @@ def _record(sample: Sample, numbers_LK: np.ndarray, adapter: Adapter) -> Signals
         text_bytes=text_bytes,
         zlib_bytes=zlib_bytes,
         truncated=sample.id in adapter.truncated,
+        ids_L=ids_L,
     )

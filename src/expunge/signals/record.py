@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,9 @@ class Signals:
 
     ``log_prob_L``: log p(target). ``hit_L``: the target is the arg-max. ``mean_L``, ``std_L``: mean and standard
     deviation of log p(v) when v is drawn from the model, mu = sum_v p(v) log p(v). ``rank_L``: how many tokens are
-    strictly more probable than the target. ``text_bytes``, ``zlib_bytes``: UTF-8 length of the target text and its
-    zlib-compressed length. ``truncated``: the sample was cut to the context, so the bytes say more than the tokens.
+    strictly more probable than the target. ``ids_L``: the targets themselves, token ids or class indices.
+    ``text_bytes``, ``zlib_bytes``: UTF-8 length of the target text and its zlib-compressed length. ``truncated``: the
+    sample was cut to the context, so the bytes say more than the tokens.
     """
 
     id: str
@@ -36,6 +37,7 @@ class Signals:
     text_bytes: int
     zlib_bytes: int
     truncated: bool = False
+    ids_L: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
 
     def __len__(self) -> int:
         return len(self.log_prob_L)
