@@ -69,9 +69,9 @@ def test_identity_closes_no_gap_and_still_remembers(world: World) -> None:
     found = evaluate(copied, world.adapter, DATA, references=world.references, original=start)
     assert look(found, "tv.gap_closed") == 0.0
     assert look(found, "tv.forget") > look(found, "tv.floor") > 0
-    assert look(found, "verdict.still_remembered") == 1.0
+    assert look(found, "verdict.under_unlearned") == 1.0
     rows = [r for r in found.samples if r["role"] == "forget"]
-    assert all(r["position"] == pytest.approx(1.0) and r["verdict"] == "still-remembered" for r in rows)
+    assert all(r["position"] == pytest.approx(1.0) and r["verdict"] == "under-unlearned" for r in rows)
     for name, value in world.first.metrics.items():
         assert look(found, name) == pytest.approx(value.value, nan_ok=True), name
     own = evaluate(world.original, world.adapter, DATA, references=world.references, original="self")
@@ -87,7 +87,7 @@ def test_a_reference_is_like_the_others_and_at_zero_from_itself(world: World) ->
     assert look(both, "tv.forget") == pytest.approx(look(alone, "tv.forget") / 2)
     assert look(alone, "tv.forget") == pytest.approx(world.references.floor) == pytest.approx(look(alone, "tv.floor"))
     assert look(alone, "tv.gap_closed") == pytest.approx(1.0)
-    assert look(alone, "verdict.like_retrained") >= 0.5 and look(alone, "verdict.still_remembered") == 0.0
+    assert look(alone, "verdict.adequate") >= 0.5 and look(alone, "verdict.under_unlearned") == 0.0
     itself = world.references.without(1)
     same = evaluate(world.models[0], world.adapter, DATA, references=itself, original=start)
     assert look(same, "tv.forget") == 0.0 and look(same, "retain_ratio") == 1.0
@@ -297,12 +297,12 @@ def test_mistakes_are_refused(world: World) -> None:
 @pytest.mark.parametrize(
     ("loss", "reference", "original", "position", "verdict"),
     [
-        (0.1, 5.1, 0.1, 1.0, "still-remembered"),
-        (5.1, 5.1, 0.1, 0.0, "like-retrained"),
-        (2.5, 5.1, 0.1, 0.52, "still-remembered"),
-        (2.7, 5.1, 0.1, 0.48, "like-retrained"),
-        (7.5, 5.1, 0.1, -0.48, "like-retrained"),
-        (7.7, 5.1, 0.1, -0.52, "over-forgotten"),
+        (0.1, 5.1, 0.1, 1.0, "under-unlearned"),
+        (5.1, 5.1, 0.1, 0.0, "adequate"),
+        (2.5, 5.1, 0.1, 0.52, "under-unlearned"),
+        (2.7, 5.1, 0.1, 0.48, "adequate"),
+        (7.5, 5.1, 0.1, -0.48, "adequate"),
+        (7.7, 5.1, 0.1, -0.52, "over-unlearned"),
         (0.6, 0.59, 0.1, -0.0204, "not-auditable"),
         (9.0, 1.0, 5.0, 2.0, "not-auditable"),  # the original never knew it
     ],
@@ -313,19 +313,19 @@ def test_verdict_rule(loss: float, reference: float, original: float, position: 
 
 
 def test_verdict_of_broken_numbers() -> None:
-    assert verdict_of(math.inf, 5.0, 0.1) == "over-forgotten"
+    assert verdict_of(math.inf, 5.0, 0.1) == "over-unlearned"
     assert verdict_of(math.nan, 5.0, 0.1) == "not-auditable"
     assert verdict_of(1.0, math.nan, 0.1) == "not-auditable"
 
 
-def test_a_model_that_was_destroyed_is_over_forgotten(world: World) -> None:
+def test_a_model_that_was_destroyed_is_over_unlearned(world: World) -> None:
     ruined = copy.deepcopy(world.original)
     with torch.no_grad():
         for parameter in ruined.parameters():
             parameter.mul_(4.0)
         ruined.model.embed_tokens.weight.mul_(-4.0)  # tied head: the right token becomes the least likely
     found = evaluate(ruined, world.adapter, DATA, references=world.references, original=world.first.summary())
-    assert look(found, "verdict.over_forgotten") == 1.0
+    assert look(found, "verdict.over_unlearned") == 1.0
     assert look(found, "retain_ratio") < 0.1
 
 
@@ -391,9 +391,9 @@ def test_a_classifier_dataset_works() -> None:
         m for m in found.metrics if m.startswith(("rouge", "kfr", "extraction", "perplexity", "truth", "mia.zlib"))
     }
     assert {"rouge_l", "extraction_strength", "perplexity", "truth_ratio", "mia.zlib"} <= set(found.skipped)
-    assert look(found, "verdict.still_remembered") == 1.0
+    assert look(found, "verdict.under_unlearned") == 1.0
     json.dumps(found.samples, allow_nan=False)
     gone = evaluate(
         fitted(data["retain"], 3), adapter, data, references=references, original=found.summary(), options=options
     )
-    assert look(gone, "verdict.still_remembered") == 0.0 and look(gone, "tv.gap_closed") > 0.5
+    assert look(gone, "verdict.under_unlearned") == 0.0 and look(gone, "tv.gap_closed") > 0.5

@@ -192,8 +192,8 @@ def samples(content: dict[str, Any], seed: int = 7) -> list[dict[str, Any]]:
                 loss = max(0.005, middle * math.exp(rng.gauss(0, 0.5)))
                 verdict = None
                 if role == "forget" and row["kind"] not in ("original", "reference", "base"):
-                    verdict = "like-retrained" if 0.7 < loss < 3.2 else "still-remembered"
-                    verdict = "over-forgotten" if loss >= 3.2 else "not-auditable" if i == 39 else verdict
+                    verdict = "adequate" if 0.7 < loss < 3.2 else "under-unlearned"
+                    verdict = "over-unlearned" if loss >= 3.2 else "not-auditable" if i == 39 else verdict
                 lines.append(
                     {
                         **{key: row[key] for key in ("model", "method", "seed")},

@@ -184,11 +184,11 @@ def test_points_on_one_another_share_a_label() -> None:
 
 def test_pack_keeps_forget_samples_when_it_must_choose() -> None:
     rows = [{"id": i, "role": "retain", "model": "a", "method": "a", "seed": 0} for i in range(20)]
-    rows += [{"id": i, "role": "forget", "model": "a", "method": "a", "verdict": "like-retrained"} for i in range(6)]
-    rows += [{"id": i, "role": "forget", "model": "a", "method": "a", "verdict": "still-remembered"} for i in range(4)]
+    rows += [{"id": i, "role": "forget", "model": "a", "method": "a", "verdict": "adequate"} for i in range(6)]
+    rows += [{"id": i, "role": "forget", "model": "a", "method": "a", "verdict": "under-unlearned"} for i in range(4)]
     packed = pack(rows, limit=5)
     assert packed["total"] == 30 and len(packed["rows"]) == 5
-    assert [r[2] for r in packed["rows"]].count("still-remembered") == 4
+    assert [r[2] for r in packed["rows"]].count("under-unlearned") == 4
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ from expunge.bench.desk import Desk, log_ratios, losses, mean_over, number, roug
 from expunge.metrics.divergence import per_sample
 from expunge.metrics.memorization import hit_share, matching_suffix
 
-REMEMBERED, OVER_FORGOTTEN = 0.5, -0.5
-VERDICTS = ("still-remembered", "like-retrained", "over-forgotten", "not-auditable")
+UNDER, OVER = 0.5, -0.5
+VERDICTS = ("under-unlearned", "adequate", "over-unlearned", "not-auditable")
 
 
 def position_of(loss: float, reference: float, original: float) -> float:
     """(loss_reference − loss) / (loss_reference − loss_original): 1 = like the original, 0 = like retrained.
 
-    Negative: the loss is above the reference's, the sample is over-forgotten. nan when the two ends are equal.
+    Negative: the loss is above the reference's, the sample is over-unlearned. nan when the two ends are equal.
     """
     return (reference - loss) / (reference - original) if reference != original else math.nan
 
@@ -28,16 +28,16 @@ def verdict_of(loss: float, reference: float, original: float, gap: float = 0.5)
 
     "not-auditable": the reference's loss does not exceed the original's by ``gap``, so the original knew little more
     than a model that never saw the sample, and nothing can be said about its forgetting. Otherwise by
-    :func:`position_of`: above 0.5 "still-remembered", below −0.5 "over-forgotten", else "like-retrained".
+    :func:`position_of`: above 0.5 "under-unlearned", below −0.5 "over-unlearned", else "adequate".
     """
     if not all(map(math.isfinite, (loss, reference, original))):
-        return "over-forgotten" if loss == math.inf and reference - original >= gap else "not-auditable"
+        return "over-unlearned" if loss == math.inf and reference - original >= gap else "not-auditable"
     if reference - original < gap:
         return "not-auditable"
     position = position_of(loss, reference, original)
-    if position > REMEMBERED:
-        return "still-remembered"
-    return "over-forgotten" if position < OVER_FORGOTTEN else "like-retrained"
+    if position > UNDER:
+        return "under-unlearned"
+    return "over-unlearned" if position < OVER else "adequate"
 
 
 def sample_rows(desk: Desk) -> list[dict[str, Any]]:

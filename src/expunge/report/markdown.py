@@ -90,7 +90,7 @@ def to_markdown(view: View) -> str:
     if lines:
         rows = [[escape(line.method), *map(str, line.counts), str(line.total), cell(line.adequate)] for line in lines]
         out += ["## Verdicts on the forget samples", ""]
-        out += grid(["method", *map(escape, names), "all", "share like retrained"], rows)
+        out += grid(["method", *map(escape, names), "all", "share adequate"], rows)
     for study in ("sequential", "size"):
         other = study_table(view, study)
         out += [f"## {other.title}", "", *_table(other)] if other else []

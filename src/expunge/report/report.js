@@ -126,11 +126,11 @@
     selects[name] = select;
     form.append(el("label", {}, [label, select]));
   }
-  const still = el("button", { type: "button", className: "plain", textContent: "Still remembered" });
+  const still = el("button", { type: "button", className: "plain", textContent: "Under-unlearned" });
   const clear = el("button", { type: "button", className: "plain", textContent: "Clear" });
-  function press() { still.setAttribute("aria-pressed", String(state.verdict === "still-remembered")); }
+  function press() { still.setAttribute("aria-pressed", String(state.verdict === "under-unlearned")); }
   still.addEventListener("click", () => {
-    state.verdict = selects.verdict.value = state.verdict === "still-remembered" ? "" : "still-remembered";
+    state.verdict = selects.verdict.value = state.verdict === "under-unlearned" ? "" : "under-unlearned";
     press();
     refresh();
   });
@@ -140,7 +140,7 @@
     press();
     refresh();
   });
-  if (rows.some((r) => r.verdict === "still-remembered")) form.append(still);
+  if (rows.some((r) => r.verdict === "under-unlearned")) form.append(still);
   form.append(clear);
   form.hidden = false;
   press();

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 TEXT_FIELDS = ("model", "method", "seed", "id", "subject", "role", "prompt", "target", "generated", "verdict")
-VERDICTS = ("still-remembered", "like-retrained", "over-forgotten", "not-auditable")
+VERDICTS = ("under-unlearned", "adequate", "over-unlearned", "not-auditable")
 EMBED_LIMIT = 20_000  # rows in the page: about 4 MB; every row stays in samples.jsonl
 TEXT_LIMIT = 4_000  # characters of one text in the page
 _FIRST_NUMBERS = ("loss", "original_loss", "reference_loss", "prob", "tv")
@@ -81,12 +81,12 @@ def pack(rows: Sequence[dict[str, Any]], methods: Sequence[str] = (), limit: int
 
     ``{"numbers": [name], "models": [[model, method, seed]], "texts": [[id, subject, role, prompt, target]],
     "rows": [[text, model, verdict, generated, number…]], "total": int}``. Rows come in the order of ``methods``, the
-    forget set first. When there are more than ``limit``, forget samples and those still remembered are kept.
+    forget set first. When there are more than ``limit``, forget samples and the under-unlearned among them are kept.
     """
     place = {method: i for i, method in reversed(list(enumerate(methods)))}
     kept = list(rows)
     if len(kept) > limit:
-        kept.sort(key=lambda r: (FIRST_ROLES.get(str(r.get("role")), 4), r.get("verdict") != "still-remembered"))
+        kept.sort(key=lambda r: (FIRST_ROLES.get(str(r.get("role")), 4), r.get("verdict") != "under-unlearned"))
         kept = kept[:limit]
     kept.sort(key=lambda r: (place.get(str(r.get("method")), len(place)), FIRST_ROLES.get(str(r.get("role")), 4)))
     numbers = number_names(kept)

@@ -179,7 +179,7 @@ def _request_label(name: str) -> str:
 
 @dataclass
 class VerdictLine:
-    """Per-sample verdicts of one method: counts per verdict, and the share that is like retrained."""
+    """Per-sample verdicts of one method: counts per verdict, and the share judged adequate."""
 
     method: str
     control: bool
@@ -198,7 +198,7 @@ def verdict_table(view: View) -> tuple[list[str], list[VerdictLine]]:
     for method in [*(m for m in known if m in view.verdicts), *sorted(set(view.verdicts) - set(known))]:
         counts = view.verdicts[method]
         total = sum(counts.values())
-        share = wilson(counts.get("like-retrained", 0), total)
+        share = wilson(counts.get("adequate", 0), total)
         measure = Measure(value=share.value, low=share.low, high=share.high, n=total)
         lines.append(VerdictLine(method, method in controls, [counts.get(n, 0) for n in names], total, measure))
     return names, lines
