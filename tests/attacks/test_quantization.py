@@ -10,7 +10,17 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from expunge.attacks.quantization import encode, matrices, quantized, unchanged_codes
+from attack_cases import audited, exam, retrain
+from expunge.attacks.exam import Checkpoint
+from expunge.attacks.quantization import (
+    QuantizationOptions,
+    encode,
+    equal_codes,
+    matrices,
+    quantization,
+    quantized,
+    unchanged_codes,
+)
 from expunge.errors import UserError
 from expunge.models.lora import LoraOptions, apply_lora
 from expunge.signals.forward import collect
@@ -143,3 +153,50 @@ def test_models_that_do_not_match_are_refused() -> None:
         unchanged_codes(tiny_model(), tiny_model(layers=1), 4)
     with pytest.raises(UserError, match="no weight matrix"):
         quantized(nn.LayerNorm(4), 4)
+
+
+def test_the_attack_finds_what_is_left_at_every_precision_and_nothing_in_a_retrain() -> None:
+    own, clean, reference = (
+        quantization(audited(c), c, QuantizationOptions()) for c in (exam().audited, retrain(), exam().references[0])
+    )
+    for name in ("quantization.8", "quantization.4"):
+        means = [float(np.mean(f.scores[name]["forget"])) for f in (own, clean, reference)]
+        assert means[0] > means[1] + 3 * abs(means[1] - means[2])
+    assert set(own.scores) == {"quantization.8", "quantization.4", "quantization.3"}
+    slow = collect(quantized(exam().audited.model, 4), exam().audited.adapter, exam().forget)
+    assert own.scores["quantization.4"]["forget"] == pytest.approx([-s.loss for s in slow])
+    retain = own.scores["quantization.3"]["retain"]
+    assert own.figures["quantization.3.retain"].value == pytest.approx(np.mean(retain))
+
+
+def test_the_attack_brings_back_an_edit_smaller_than_a_step() -> None:
+    before = exam().audited
+    edited, chance = copy.deepcopy(before.model), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in edited.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=chance), alpha=1e-4)
+    checkpoint = Checkpoint.of(edited, before.adapter)
+    found = quantization(audited(checkpoint), checkpoint, QuantizationOptions(bits="3"))
+    clean = quantization(audited(retrain()), retrain(), QuantizationOptions(bits="3"))
+    share, other = (f.figures["quantization.3.unchanged_codes"] for f in (found, clean))
+    assert share.value > 0.99 and other.value < 0.5
+    same, total = equal_codes(before.model, edited, 3)
+    assert share.value == same / total and share.n == total
+
+
+def test_the_attack_says_when_codes_cannot_be_compared() -> None:
+    small = Checkpoint.of(tiny_model(layers=1), tiny_adapter())
+    found = quantization(audited(small), small, QuantizationOptions(bits="4"))
+    assert "other weight matrices" in found.notes[0] and "quantization.4.unchanged_codes" not in found.figures
+    own = exam().original
+    assert (
+        own is not None
+        and "quantization.4.unchanged_codes" not in quantization(exam(), own, QuantizationOptions(bits="4")).figures
+    )
+
+
+def test_bits_are_a_list_of_numbers() -> None:
+    assert QuantizationOptions(bits=" 4, 8,4").widths == [4, 8]
+    for wrong, words in (("4,nine", "'nine' is not"), ("16", "'16' is not"), (" , ", "no bits")):
+        with pytest.raises(UserError, match=words):
+            QuantizationOptions(bits=wrong)

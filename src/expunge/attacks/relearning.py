@@ -9,7 +9,7 @@ retrained model under the same attack.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -70,10 +70,12 @@ def relearn(
     micro_tokens: int = 4096,
     seed: int = 0,
     progress: Progress | None = None,
+    on_step: Callable[[int, nn.Module], None] | None = None,
 ) -> nn.Module:
     """A copy of the model after ``steps`` AdamW steps on all of ``samples`` at once, at a constant rate.
 
     All weights are trained, LoRA adapters merged first; no clipping, no weight decay. The given model is not touched.
+    ``on_step`` is called with the number of the step and the copy after each step, to measure on the way.
 
     Raises:
         UserError: no sample, fewer than one step, or the training diverged.
@@ -96,5 +98,6 @@ def relearn(
         seed=seed,
         progress=progress,
         name="relearning",
+        on_step=None if on_step is None else lambda trainer: on_step(trainer.step, copied),
     )
     return copied
