@@ -1,6 +1,8 @@
-"""Membership scores from signals: does the model betray that it was trained on these samples?
+"""Membership scores from the signals of one model: does it betray that it was trained on these samples?
 
-Every score is higher for a more likely member. One forward pass per model serves all of them.
+Every score is higher for a more likely member. One forward pass per model serves all of them. Scores that compare
+two models stand in :mod:`expunge.attacks.pairs`, features of the course of a text in :mod:`expunge.attacks.features`.
+
 Shape suffix: L target tokens of a sample.
 """
 
@@ -8,17 +10,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from expunge.attacks.exam import Checkpoint, Exam
+from expunge.attacks.registry import Finding, NoOptions, attack
+from expunge.data.samples import Modality, Role
 from expunge.errors import UserError, unknown
 from expunge.metrics.registry import metric
+from expunge.options import option
 from expunge.signals.record import Signals
 from expunge.stats import LEVEL, Estimate, auc, auc_estimate, bootstrap_auc, percentile_interval, tpr_at_fpr
 
 K_PERCENT = 20.0  # share of the least likely tokens, in percent; Shi et al. 2024 use 20, OpenUnlearning 40
 FALSE_POSITIVE_RATES = (0.001, 0.01, 0.1)
+MEASURED: tuple[Role, ...] = ("forget", "retain", "holdout")
+WORDS: tuple[Modality, ...] = ("text", "multimodal")  # several target tokens per sample
+ALL: tuple[Modality, ...] = (*WORDS, "classifier")
 STD_FLOOR = 1e-3  # a token whose distribution has no spread; OpenUnlearning clamps the variance at 1e-6 as well
 
 Floats = NDArray[np.float64]
@@ -30,7 +40,7 @@ def loss_score(signals: Signals) -> float:
 
 
 def zlib_score(signals: Signals) -> float:
-    """Mean log-probability over the zlib-compressed length in bytes (Carlini et al. 2021)."""
+    """Minus log-perplexity (mean loss in nats per token) over the zlib-compressed bytes (Carlini et al. 2021)."""
     return -signals.loss / signals.zlib_bytes
 
 
@@ -53,6 +63,24 @@ def min_k_plus_plus_score(signals: Signals, percent: float = K_PERCENT) -> float
     """Mean of the lowest k % of (log p - mu) / sigma, moments under the model itself (Zhang et al. 2025)."""
     standard_L = (signals.log_prob_L - signals.mean_L) / np.maximum(signals.std_L, STD_FLOOR)
     return lowest_mean(standard_L, percent)
+
+
+def surp_score(signals: Signals, percent: float = 40.0, entropy: float = 2.0) -> float:
+    """Mean log-probability of the surprising tokens: among the lowest k %, and where the model was sure (low entropy).
+
+    Zhang and Wu 2024 (arXiv:2407.21248), with the entropy in nats. Where no token is both, the one of the lowest k %
+    at which the model was surest stands for them, so that no text is left without a score.
+    """
+    if not 0 < percent <= 100:
+        raise UserError(f"k = {percent} percent is not above 0 and at most 100: give for example 40.")
+    if not len(signals):
+        return math.nan
+    count = max(1, int(len(signals) * percent / 100 + 1e-9))
+    lowest = np.argsort(signals.log_prob_L, kind="stable")[:count]
+    sure = lowest[signals.entropy_L[lowest] < entropy]
+    if not len(sure):
+        sure = lowest[[int(np.argmin(signals.entropy_L[lowest]))]]
+    return float(np.mean(signals.log_prob_L[sure], dtype=np.float64))
 
 
 SCORES: dict[str, Callable[[Signals], float]] = {
@@ -153,3 +181,110 @@ def per_sample(signals: Sequence[Signals]) -> list[Mapping[str, float | None]]:
         {name: None if math.isnan(column[i]) else float(column[i]) for name, column in columns.items()}
         for i in range(len(signals))
     ]
+
+
+# -- as attacks ----------------------------------------------------------------------------------------------------
+
+
+def measured(exam: Exam) -> list[Role]:
+    """The roles that membership is scored on: forget, retain and holdout, as far as the exam has them."""
+    return [role for role in MEASURED if exam.samples.get(role)]
+
+
+def read(exam: Exam, checkpoint: Checkpoint) -> dict[Role, list[Signals]]:
+    """Signals of every measured sample."""
+    return {role: checkpoint.signals(exam.samples[role]) for role in measured(exam)}
+
+
+def scored(exam: Exam, checkpoint: Checkpoint, **columns: Callable[[Signals], float]) -> Finding:
+    """A finding with each of the ``columns`` computed from the signals of every measured sample."""
+    signals = read(exam, checkpoint)
+    return Finding({n: {r: [score(s) for s in found] for r, found in signals.items()} for n, score in columns.items()})
+
+
+@attack(
+    name="loss",
+    family="membership",
+    tier="quick",
+    access="log-probabilities",
+    paper="Yeom et al. 2018, arXiv:1709.01604",
+    formula="mean over target tokens of log p(x_t | x_<t)",
+    modalities=ALL,
+)
+def loss_attack(exam: Exam, checkpoint: Checkpoint, options: NoOptions) -> Finding:
+    """Mean log-probability of the target tokens."""
+    return scored(exam, checkpoint, loss=loss_score)
+
+
+@attack(
+    name="zlib",
+    family="membership",
+    tier="quick",
+    access="log-probabilities",
+    paper="Carlini et al. 2021, arXiv:2012.07805",
+    formula="-(mean loss in nats per token) / (bytes of the zlib-compressed target text, level 6)",
+    modalities=WORDS,
+)
+def zlib_attack(exam: Exam, checkpoint: Checkpoint, options: NoOptions) -> Finding:
+    """Log-perplexity over the compressed length of the text."""
+    return scored(exam, checkpoint, zlib=zlib_score)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinKOptions:
+    """Options of Min-K % and Min-K++."""
+
+    percent: float = option(K_PERCENT, "share of the least likely tokens, in percent", "Shi et al. 2024")
+
+
+@attack(
+    name="min_k",
+    family="membership",
+    tier="quick",
+    access="log-probabilities",
+    paper="Shi et al. 2024, arXiv:2310.16789",
+    formula="mean of the lowest max(1, floor(k L)) of log p(x_t | x_<t)",
+    options=MinKOptions,
+    modalities=WORDS,
+)
+def min_k_attack(exam: Exam, checkpoint: Checkpoint, options: MinKOptions) -> Finding:
+    """Mean log-probability of the least likely tokens."""
+    return scored(exam, checkpoint, min_k=lambda s: min_k_score(s, options.percent))
+
+
+@attack(
+    name="min_k++",
+    family="membership",
+    tier="quick",
+    access="log-probabilities",
+    paper="Zhang et al. 2025, arXiv:2404.02936",
+    formula="mean of the lowest max(1, floor(k L)) of (log p(x_t) - mu_t) / sigma_t; mu, sigma of log p(v) with v ~ p",
+    options=MinKOptions,
+    modalities=ALL,
+)
+def min_k_plus_plus_attack(exam: Exam, checkpoint: Checkpoint, options: MinKOptions) -> Finding:
+    """Least likely tokens after each is measured against what the model itself would draw there."""
+    return scored(exam, checkpoint, **{"min_k++": lambda s: min_k_plus_plus_score(s, options.percent)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurpOptions:
+    """Options of SURP."""
+
+    percent: float = option(40.0, "share of the least likely tokens, in percent", "mia_llms_benchmark")
+    entropy: float = option(2.0, "highest entropy of a sure prediction, in nats", "mia_llms_benchmark")
+
+
+@attack(
+    name="surp",
+    family="membership",
+    tier="quick",
+    access="log-probabilities",
+    paper="Zhang and Wu 2024, arXiv:2407.21248",
+    formula="mean log p(x_t) over tokens of the lowest k % whose entropy is below the bound",
+    options=SurpOptions,
+    modalities=WORDS,
+)
+def surp_attack(exam: Exam, checkpoint: Checkpoint, options: SurpOptions) -> Finding:
+    """Log-probability of the tokens that surprised a model which was sure of something else."""
+    return scored(exam, checkpoint, surp=lambda s: surp_score(s, options.percent, options.entropy))

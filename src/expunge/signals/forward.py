@@ -1,6 +1,6 @@
 """One forward pass over the samples, everything that metrics and attacks need from it.
 
-Shape suffixes: C positions in a chunk, V vocabulary, K kinds of number.
+Shape suffixes: C positions in a chunk, B of them in a block, V vocabulary, K kinds of number, L target tokens.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from expunge.models.adapter import Adapter, evaluating
 from expunge.progress import Progress
 from expunge.signals.record import Signals, text_sizes
 
-BLOCK_ELEMENTS = 1 << 17  # logits worked on at once on a CPU: 512 KiB, so that all passes over them stay in the cache
+BLOCK_ELEMENTS = 1 << 18  # logits worked on at once on a CPU: 1 MiB, so that the passes over them stay in the cache
 
 
+@torch.no_grad()
 def token_numbers(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
     """(log-probability, arg-max hit, mean and standard deviation of log p under p, rank) of each target: (C, 5).
 
@@ -26,28 +27,35 @@ def token_numbers(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
     E[x^2] - E[x]^2 would cancel in float32. A logit of -inf has probability 0 and counts for nothing. Of several
     equal largest logits the first one is the arg-max. Ranks below 2^24 are exact in float32.
     """
+    num, vocab = logits_CV.shape
     # On a CPU every pass over V is bound by memory, so a block of rows stays in the cache through all of them.
-    step = logits_CV.shape[0] if logits_CV.device.type != "cpu" else max(1, BLOCK_ELEMENTS // logits_CV.shape[1])
-    rows = zip(logits_CV.split(max(1, step)), targets_C.split(max(1, step)), strict=True)
-    return torch.cat([_block_numbers(logits.float(), targets[:, None]) for logits, targets in rows])
+    step = max(1, min(num, BLOCK_ELEMENTS // vocab) if logits_CV.device.type == "cpu" else num)
+    spare_SV = [torch.empty(step, vocab, device=logits_CV.device) for _ in range(3)]
+    found_C5 = torch.empty(num, 5, device=logits_CV.device)
+    for start in range(0, num, step):
+        cut = slice(start, min(start + step, num))
+        p_BV, x_BV, work_BV = (spare[: cut.stop - start] for spare in spare_SV)
+        found_C5[cut] = _block_numbers(logits_CV[cut].float(), targets_C[cut, None], p_BV, x_BV, work_BV)
+    return found_C5
 
 
-def _block_numbers(logits_CV: Tensor, target_C1: Tensor) -> Tensor:
-    own_C1, top_C1 = logits_CV.gather(1, target_C1), logits_CV.amax(1, keepdim=True)
-    p_CV = logits_CV.softmax(1)
-    log_sum_C1 = -p_CV.amax(1, keepdim=True).log()  # of exp(logit - top): the largest term is 1
-    work_CV = torch.empty_like(p_CV)
-    rank_C1 = torch.gt(logits_CV, own_C1, out=work_CV).sum(1, keepdim=True)
-    hit_C1 = rank_C1 == 0
-    tied_C = (hit_C1 & (torch.eq(logits_CV, own_C1, out=work_CV).sum(1, keepdim=True) > 1))[:, 0]
-    if tied_C.any():
-        hit_C1[tied_C] = logits_CV[tied_C].argmax(1, keepdim=True) == target_C1[tied_C]
-    # log p = x - log_sum with x = logit - top; x is cut where p is 0 anyway, since 0 * -inf is no number.
-    x_CV = torch.sub(logits_CV, top_C1).clamp_(min=-1e4)
-    mean_C1 = torch.mul(p_CV, x_CV, out=work_CV).sum(1, keepdim=True)
-    variance_C1 = x_CV.sub_(mean_C1).square_().mul_(p_CV).sum(1, keepdim=True)
-    log_prob_C1 = own_C1 - top_C1 - log_sum_C1
-    return torch.cat([log_prob_C1, hit_C1.float(), mean_C1 - log_sum_C1, variance_C1.sqrt(), rank_C1], dim=1)
+def _block_numbers(logits_BV: Tensor, target_B1: Tensor, p_BV: Tensor, x_BV: Tensor, work_BV: Tensor) -> Tensor:
+    """:func:`token_numbers` of one block; the last three are overwritten."""
+    own_B1, top_B1 = logits_BV.gather(1, target_B1), logits_BV.amax(1, keepdim=True)
+    rank_B1 = torch.gt(logits_BV, own_B1, out=work_BV).sum(1, keepdim=True)
+    hit_B1 = rank_B1 == 0
+    if hit_B1.any():
+        tied_B = (hit_B1 & (torch.eq(logits_BV, own_B1, out=work_BV).sum(1, keepdim=True) > 1))[:, 0]
+        hit_B1[tied_B] = logits_BV[tied_B].argmax(1, keepdim=True) == target_B1[tied_B]
+    torch.softmax(logits_BV, 1, out=p_BV)
+    log_sum_B1 = -p_BV.amax(1, keepdim=True).log()  # of exp(logit - top), since the largest term is 1
+    torch.sub(logits_BV, top_B1, out=x_BV)  # log p = x - log_sum
+    mean_B1 = torch.mul(p_BV, x_BV, out=work_BV).sum(1, keepdim=True)
+    if mean_B1.isnan().any():  # 0 * -inf is no number: x is cut where p is 0 anyway
+        mean_B1 = torch.mul(p_BV, x_BV.clamp_(min=-1e4), out=work_BV).sum(1, keepdim=True)
+    variance_B1 = x_BV.sub_(mean_B1).square_().mul_(p_BV).sum(1, keepdim=True)
+    log_prob_B1 = own_B1 - top_B1 - log_sum_B1
+    return torch.cat([log_prob_B1, hit_B1.float(), mean_B1 - log_sum_B1, variance_B1.sqrt(), rank_B1], dim=1)
 
 
 def collect(
