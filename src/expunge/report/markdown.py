@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from expunge.report.audit_view import AuditReport, gap_text, p_value, seconds
 from expunge.report.checks import warnings
 from expunge.report.schema import Measure
 from expunge.report.tables import GROUP_TITLES, Table, board, definitions, ran, study_table, verdict_table
 from expunge.report.view import View
-from expunge.report.wording import evidence, headline, paragraph
+from expunge.report.wording import evidence, headline, number, paragraph
+
+WORST_ROWS = 20  # forget samples that results.md lists
 
 
 def plain(value: float) -> str:
@@ -67,9 +70,14 @@ def _table(table: Table, group: str | None = None) -> list[str]:
     return grid(header, rows)
 
 
-def to_markdown(view: View) -> str:
-    """The whole of results.md."""
-    out = [f"# {escape(view.results.title or 'Results')}", "", escape(headline(view)), ""]
+def to_markdown(view: View, report: AuditReport | None = None) -> str:
+    """The whole of results.md; the audit, where there is one, stands first, and alone when nothing else was read."""
+    if report is not None:
+        out = [f"# {escape(view.results.title or f'Audit of {report.subject}')}", "", *audit_lines(report)]
+        if not view.summary:
+            return "\n".join(out)
+    else:
+        out = [f"# {escape(view.results.title or 'Results')}", "", escape(headline(view)), ""]
     found = warnings(view)
     if found:
         out += ["## Warnings", "", *(f"- {escape(text)}" for text in found), ""]
@@ -104,6 +112,84 @@ def to_markdown(view: View) -> str:
         ]
         out.append("")
     return "\n".join(out)
+
+
+def audit_lines(report: AuditReport) -> list[str]:
+    """Verdict, completeness, attacks and the worst samples of an audit; texts of samples are left out."""
+    audit = report.audit
+    out = [escape(report.headline()), "", escape(report.paragraph()), ""]
+    if found := report.warnings():
+        out += ["## Before you believe the verdict", "", *(f"- {escape(text)}" for text in found), ""]
+    rows = [[t.entry.axis, t.entry.verdict, escape(t.entry.sentence), escape(t.why)] for t in report.tiles]
+    out += ["## Verdict of the audit", "", *grid(["axis", "verdict", "", "why"], rows)]
+    if report.counts:
+        out += ["## Completeness", ""]
+        out += grid(["verdict", "samples", "share"], [[escape(n), str(c), f"{s} %"] for n, c, s, _ in report.counts])
+        if facts := report.facts():
+            out += [escape("; ".join(f"{word}: {value}" for word, value in facts)), ""]
+    if audit.subjects:
+        rows = [
+            [
+                escape(row.subject),
+                escape(row.verdict or "–"),
+                str(row.n),
+                cell(row.completeness),
+                p_value(row.p_under),
+                p_value(row.dataset_inference_p),
+            ]
+            for row in audit.subjects
+        ]
+        out += ["### By subject", ""]
+        out += grid(["subject", "verdict", "samples", "completeness", "p, under", "p, all texts together"], rows)
+    if report.groups:
+        out += ["## Attacks", ""]
+    for group in report.groups:
+        rows = [
+            [
+                escape(line.row.score),
+                escape(line.row.verdict),
+                cell(line.marks.audited),
+                cell(line.reference),
+                escape(gap_text(line.row)),
+                p_value(line.row.p_adjusted),
+                cell(line.marks.original),
+                escape(", ".join(filter(None, (line.row.tier, line.row.access, seconds(line.cost))))),
+            ]
+            for line in group.lines
+        ]
+        header = [
+            "score",
+            "verdict",
+            "audited",
+            "reference",
+            "difference",
+            "corrected p",
+            "original",
+            "tier, access, cost",
+        ]
+        out += [f"### {escape(group.title)}", "", *grid(header, rows)]
+    for word, reasons in (("Failed", audit.failed), ("Skipped", audit.skipped)):
+        if reasons:
+            out += [f"### {word} attacks", ""]
+            out += [*(f"- {escape(name)}: {escape(reason)}" for name, reason in reasons.items()), ""]
+    if audit.notes:
+        out += ["### Notes", "", *(f"- {escape(note)}" for note in audit.notes), ""]
+    worst = report.drill.worst[:WORST_ROWS]
+    if worst:
+        rows = [
+            [
+                escape(drill.id),
+                escape(drill.subject),
+                escape(drill.verdict or "–"),
+                number(drill.completeness),
+                number(drill.position),
+                p_value(drill.p_under),
+            ]
+            for drill in worst
+        ]
+        out += [f"## The {len(worst)} worst of {report.drill.total} forget samples", ""]
+        out += grid(["sample", "subject", "verdict", "completeness", "position", "p, under"], rows)
+    return out
 
 
 _HOW = (

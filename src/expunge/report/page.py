@@ -16,6 +16,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from expunge.report.audit_page import audit_context
+from expunge.report.audit_view import AuditReport
 from expunge.report.charts import Chart
 from expunge.report.checks import warnings
 from expunge.report.drawing import to_inline
@@ -88,18 +90,46 @@ def _first_rows(packed: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def to_html(view: View, charts: Sequence[tuple[Chart, str]]) -> str:
-    """The page; ``charts`` are figures with their SVG text."""
-    script = (HERE / "report.js").read_text(encoding="utf-8")
+def _inline(charts: Sequence[tuple[Chart, str]]) -> list[tuple[Chart, Markup]]:
+    return [
+        (chart, Markup(to_inline(svg, chart.name, str(escape(f"{chart.title}. {chart.caption}")))))
+        for chart, svg in charts
+    ]
+
+
+def _read(*names: str) -> str:
+    return "".join((HERE / name).read_text(encoding="utf-8") for name in names)
+
+
+def to_html(
+    view: View,
+    charts: Sequence[tuple[Chart, str]],
+    records: Sequence[str] = ("results.json", "samples.jsonl"),
+    report: AuditReport | None = None,
+    audit_charts: Sequence[tuple[Chart, str]] = (),
+) -> str:
+    """The page; charts are figures with their SVG text, ``records`` the files that it was made from.
+
+    The audit, where there is one, stands first; the study's parts appear when its results were read.
+    """
+    script = _read("page.js", "report.js", "audit.js")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    measured = "results.json" in records
     packed = pack(view.samples.rows, [entry.method for entry in (*view.ranked, *view.main)])
     tables = {study: study_table(view, study) for study in ("sequential", "size")}
     lines = {line.name: line for line in board(view).lines}
     names, verdict_lines = verdict_table(view)
+    audited: dict[str, Any] = {"audit": None}
+    if report is not None:
+        audited = audit_context(report, _inline(audit_charts))
+        audited |= {"audit_warnings": report.warnings(), "drill_json": json_island(audited.pop("drill_packed"))}
     context: dict[str, Any] = {
-        "title": view.results.title or "Results",
-        "headline": headline(view),
-        "warnings": warnings(view),
+        **audited,
+        "title": view.results.title or ("Results" if report is None else f"Audit of {report.subject}"),
+        "headline": headline(view) if report is None else report.headline(),
+        "has_results": measured,
+        "sources": records,
+        "warnings": warnings(view) if measured else [],
         "paragraphs": [
             (lines[entry.method], text := paragraph(view, entry), [note for note in entry.notes if note not in text])
             for entry in view.ranked
@@ -111,31 +141,41 @@ def to_html(view: View, charts: Sequence[tuple[Chart, str]]) -> str:
         "has_reference": view.reference is not None,
         "verdict_names": names,
         "verdict_lines": verdict_lines,
-        "charts": [
-            (chart, Markup(to_inline(svg, chart.name, str(escape(f"{chart.title}. {chart.caption}")))))
-            for chart, svg in charts
-        ],
+        "charts": _inline(charts),
         "studies": [(study, _first_of_group(table)) for study, table in tables.items() if table],
         "packed": packed,
         "packed_json": json_island(packed),
         "first_rows": _first_rows(packed),
         "shown_numbers": SHOWN_NUMBERS,
         "definitions": definitions(view),
-        "css": Markup((HERE / "report.css").read_text(encoding="utf-8")),
+        "css": Markup(_read("report.css", *(["audit.css"] if report is not None else []))),
         "script": Markup(script),
         "script_hash": f"sha256-{digest}",
         "evidence": evidence,
+        "interval": interval,
+        "number": number,
         "percent": percent,
         "signed": signed,
         "show": _show,
         "ends": _ends,
         "sort_key": _sort_key,
     }
-    sections = [
+    sections: list[tuple[str, str, Any]] = []
+    if report is not None:
+        subjects = report.counts or report.audit.subjects or audit_charts
+        attacked = report.groups or report.audit.skipped or report.audit.failed
+        sections = [
+            ("limits", "Limits", context["audit_warnings"]),
+            ("audit", "Verdict", True),
+            ("completeness", "Completeness", subjects),
+            ("attacks", "Attacks", attacked),
+            ("drill", "Forget samples", context["plain_rows"]),
+        ]
+    sections += [
         ("warnings", "Warnings", context["warnings"]),
         ("verdicts", "Method by method", context["paragraphs"]),
-        ("ran", "What was run", True),
-        ("board", "Leaderboard", True),
+        ("ran", "What was run", measured),
+        ("board", "Leaderboard", measured),
         ("counts", "Verdicts", verdict_lines),
         ("figures", "Figures", charts),
         *((study, table.title, True) for study, table in context["studies"]),

@@ -1,48 +1,5 @@
-"use strict";
+// The table of samples.jsonl: filter, sort, page.
 (function () {
-  // Untrusted text (prompts, answers, names) reaches the page through textContent only.
-  function el(tag, properties, children) {
-    const node = document.createElement(tag);
-    for (const [key, value] of Object.entries(properties || {})) {
-      if (key in node) node[key] = value; else node.setAttribute(key, value);
-    }
-    for (const child of children || []) node.append(child);
-    return node;
-  }
-
-  // Missing values go last whichever way the column is sorted.
-  function compare(a, b, turn) {
-    const none = (v) => v === null || v === undefined || v === "";
-    if (none(a) || none(b)) return none(a) - none(b);
-    if (typeof a === "number" && typeof b === "number") return turn * (a - b);
-    return turn * String(a).localeCompare(String(b), undefined, { numeric: true });
-  }
-
-  function sortButton(th, onSort) {
-    const button = el("button", { type: "button", title: "Sort by this column" });
-    button.append(...th.childNodes);
-    th.append(button);
-    button.addEventListener("click", () => {
-      const up = th.getAttribute("aria-sort") !== "ascending";
-      for (const other of th.parentNode.children) other.removeAttribute("aria-sort");
-      th.setAttribute("aria-sort", up ? "ascending" : "descending");
-      onSort(up ? 1 : -1);
-    });
-  }
-
-  for (const table of document.querySelectorAll("table.sortable")) {
-    const heads = table.tHead.rows[table.tHead.rows.length - 1].cells;
-    Array.from(heads).forEach((th, index) => sortButton(th, (turn) => {
-      const key = (row) => {
-        const cell = row.cells[index];
-        if (index === 0) return cell.textContent;
-        return cell.dataset.v === undefined ? null : Number(cell.dataset.v);
-      };
-      const body = table.tBodies[0];
-      body.append(...Array.from(body.rows).sort((a, b) => compare(key(a), key(b), turn)));
-    }));
-  }
-
   const source = document.getElementById("sample-data");
   if (!source) return;
   const data = JSON.parse(source.textContent);
@@ -58,7 +15,6 @@
   const columns = [(r) => r.id, (r) => r.role, (r) => r.method, (r) => r.seed, (r) => r.verdict];
   for (let i = 0; i < shown; i += 1) columns.push((r) => r.numbers[i]);
   const state = { search: "", method: "", seed: "", role: "", verdict: "", page: 0, column: null, turn: 1 };
-  const words = (text) => text.replaceAll("-", " ");
 
   function cells(row) {
     const block = (word, text) => el("p", { className: "text" }, [el("b", { textContent: word }), text]);

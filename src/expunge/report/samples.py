@@ -94,15 +94,15 @@ def pack(rows: Sequence[dict[str, Any]], methods: Sequence[str] = (), limit: int
     models: dict[tuple[str, str, str], int] = {}
     packed: list[list[Any]] = []
     for row in kept:
-        text = tuple(_text(row.get(name)) for name in ("id", "subject", "role", "prompt", "target"))
-        model = (_text(row.get("model")), _text(row.get("method")), _text(row.get("seed")))
+        text = tuple(clip(row.get(name)) for name in ("id", "subject", "role", "prompt", "target"))
+        model = (clip(row.get("model")), clip(row.get("method")), clip(row.get("seed")))
         packed.append(
             [
                 texts.setdefault(text, len(texts)),
                 models.setdefault(model, len(models)),
                 row.get("verdict") if isinstance(row.get("verdict"), str) else None,
-                None if row.get("generated") is None else _text(row["generated"]),
-                *(_short(row.get(name)) for name in numbers),
+                None if row.get("generated") is None else clip(row["generated"]),
+                *(short(row.get(name)) for name in numbers),
             ]
         )
     return {
@@ -118,10 +118,12 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _short(value: Any) -> float | None:
-    return float(f"{value:.5g}") if _is_number(value) else None
+def short(value: Any, digits: int = 5) -> float | None:
+    """A number with few digits; None for what is none."""
+    return float(f"{value:.{digits}g}") if _is_number(value) else None
 
 
-def _text(value: Any) -> str:
+def clip(value: Any, limit: int = TEXT_LIMIT) -> str:
+    """A text no longer than the page carries; it says how much was cut."""
     text = "" if value is None else str(value)
-    return text if len(text) <= TEXT_LIMIT else text[:TEXT_LIMIT] + f" … ({len(text) - TEXT_LIMIT} more characters)"
+    return text if len(text) <= limit else text[:limit] + f" … ({len(text) - limit} more characters)"

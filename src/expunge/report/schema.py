@@ -30,11 +30,11 @@ def _finite(value: Any) -> Any:
 Number = Annotated[float | None, BeforeValidator(_finite)]
 
 
-class _Open(BaseModel):
+class OpenModel(BaseModel):
     model_config = ConfigDict(extra="allow", populate_by_name=True, protected_namespaces=())
 
 
-class Measure(_Open):
+class Measure(OpenModel):
     """One number with its evidence: ``low`` and ``high`` bound the interval, ``n`` counts samples."""
 
     value: Number = None
@@ -59,7 +59,7 @@ def _measure(value: Any) -> Any:
 Measured = Annotated[Measure, BeforeValidator(_measure)]
 
 
-class Row(_Open):
+class Row(OpenModel):
     """One model that was measured: a method at one seed, or an anchor (original, reference, base)."""
 
     model: str
@@ -74,7 +74,7 @@ class Row(_Open):
     properties: dict[str, Any] = Field(default_factory=dict)
 
 
-class Summary(_Open):
+class Summary(OpenModel):
     """A method over its seeds, at one position of one study."""
 
     method: str
@@ -86,18 +86,18 @@ class Summary(_Open):
     notes: list[str] = Field(default_factory=list)
 
 
-class CurveStep(_Open):
+class CurveStep(OpenModel):
     step: int
     forget_loss: Number = None
     retain_loss: Number = None
 
 
-class Curve(_Open):
+class Curve(OpenModel):
     model: str
     steps: list[CurveStep] = Field(default_factory=list)
 
 
-class DatasetInfo(_Open):
+class DatasetInfo(OpenModel):
     name: str = ""
     source: str = ""
     digest: str = ""
@@ -105,12 +105,12 @@ class DatasetInfo(_Open):
     modality: str = ""
 
 
-class ModelInfo(_Open):
+class ModelInfo(OpenModel):
     name: str = ""
     parameters: int | None = None
 
 
-class Results(_Open):
+class Results(OpenModel):
     """The whole of ``results.json``."""
 
     schema_version: Literal["expunge.results/1"] = Field(alias="schema")
