@@ -67,7 +67,7 @@ def pac(exam: Exam, checkpoint: Checkpoint, options: PacOptions) -> Finding:
     scores: dict[Role, list[float]] = {}
     short = 0
     for role, samples in measured(exam).items():
-        versions = [_swapped_versions(exam, s, options) for s in samples]
+        versions = [swapped_versions(exam, s, options) for s in samples]
         own = checkpoint.signals(samples)
         grouped = _signals(checkpoint, versions)
         scores[role] = [
@@ -99,7 +99,7 @@ def swapped(words: Sequence[str], alpha: float, rng: np.random.Generator) -> lis
     return words
 
 
-def _swapped_versions(exam: Exam, sample: Sample, options: PacOptions) -> list[Sample]:
+def swapped_versions(exam: Exam, sample: Sample, options: PacOptions) -> list[Sample]:
     words = str(sample.target).split()
     if len(words) < 2:
         return []
@@ -132,7 +132,7 @@ def neighbourhood(exam: Exam, checkpoint: Checkpoint, options: NeighbourhoodOpti
     scores: dict[Role, list[float]] = {}
     counts: list[int] = []
     for role, samples in measured(exam).items():
-        versions = [_neighbours(exam, s, options.neighbours) for s in samples]
+        versions = [word_neighbours(exam, s, options.neighbours) for s in samples]
         own, grouped = checkpoint.signals(samples), _signals(checkpoint, versions)
         scores[role] = [neighbourhood_score(x, others) for x, others in zip(own, grouped, strict=True)]
         counts += [len(v) for v in versions]
@@ -155,7 +155,7 @@ def _cloze(exam: Exam) -> Cloze:
     return found
 
 
-def _neighbours(exam: Exam, sample: Sample, most: int) -> list[Sample]:
+def word_neighbours(exam: Exam, sample: Sample, most: int) -> list[Sample]:
     key = ("perturbation", "neighbours", most, key_of(sample))
     if key not in exam.shared:
         text = str(sample.target)
