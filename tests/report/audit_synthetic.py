@@ -32,7 +32,7 @@ SCORES: dict[str, tuple[str, str, str, str, str, str, tuple[float, float, float]
     ),
     "exact": ("exact", "extraction", "quick", "log-probabilities", "effectiveness", "mean", (0.41, 0.99, 0.45)),
     "sampled": ("sampled", "extraction", "standard", "text", "effectiveness", "mean", (0.02, 0.83, 0.05)),
-    "relearn.held_in": ("relearn", "recovery", "standard", "weights", "robustness", "mean", (1.9, 0.1, 1.2)),
+    "relearn.held_in": ("relearn", "recovery", "standard", "weights", "robustness", "mean", (-1.9, -0.1, -1.2)),
     "quantized.4": ("quantized", "recovery", "standard", "weights", "robustness", "mean", (-2.4, -0.2, -1.5)),
     "probe": ("probe", "recovery", "full", "weights", "robustness", "mean", (-2.6, -0.1, 3.9)),
     "utility_loss": ("utility", "utility", "quick", "log-probabilities", "utility", "mean", (-2.1, -2.0, -2.12)),

@@ -23,7 +23,7 @@
     return node;
   }
   function table(heads, rows) {
-    const head = el("tr", {}, heads.map((text) => el("th", { scope: "col", textContent: text })));
+    const head = el("tr", {}, heads.map(([text, className]) => el("th", { scope: "col", className: className || "", textContent: text })));
     return el("div", { className: "scroll-x" }, [el("table", { className: "plainlist" }, [el("thead", {}, [head]), el("tbody", {}, rows)])]);
   }
   const cell = (text, className) => el("td", { className: className || "n", textContent: text });
@@ -72,7 +72,7 @@
     const legend = !tokens.reference
       ? ["No reference was given, so nothing can be said of what is left; log-probabilities stand in the titles."]
       : [key("left much", "1", "1: as in the original"), key("left", ".5", "half is left"), key("left", "0", "0: as in the reference"),
-        key("past far", ".7", "less than the reference"), key("blank", "0", tokens.original ? "grey: hardly learnt" : "grey: not known"),
+        key("past far", ".7", "less than the reference"), key("blank", "0", tokens.original ? "grey: hardly learnt (below " + LEARNT + " nats)" : "grey: not known"),
         ...(tokens.original ? [] : ["Without the original, 1 stands for 3 nats more than the reference."])];
     return [title("What is left, token by token"), text, el("p", { className: "key-tokens" }, [...legend, el("label", {}, [box, " numbers"])])];
   }
@@ -81,7 +81,7 @@
   function answer(text, sample) {
     const split = (s) => s.toLowerCase().match(/[\p{L}\p{N}]+/gu) || [];
     const given = new Set(split(sample.prompt));
-    const secret = new Set(split(sample.target).filter((word) => word.length > 1 && !given.has(word)));
+    const secret = new Set(split(sample.target).filter((word) => (word.length > 3 || /\p{N}/u.test(word)) && !given.has(word)));
     const parts = text.split(/([\p{L}\p{N}]+)/u);
     return el("p", {}, parts.map((part) => (secret.has(part.toLowerCase()) ? el("mark", { textContent: part }) : part)));
   }
@@ -96,7 +96,7 @@
       return el("div", { className: kind === "audited" ? "audited" : "" }, [head, answer(sample.answers[name], sample)]);
     });
     boxes.unshift(el("div", {}, [el("h5", { textContent: "target" }), el("p", { textContent: sample.target })]));
-    return boxes.length > 1 ? [title("Answers side by side"), el("div", { className: "answers" }, boxes), el("p", { className: "muted", textContent: "Underlined: words of the target that the prompt does not give." })] : [];
+    return boxes.length > 1 ? [title("Answers side by side"), el("div", { className: "answers" }, boxes), el("p", { className: "muted", textContent: "Underlined: words of the target (numbers, or four letters and more) that the prompt does not give." })] : [];
   }
 
   function plot(five) {
@@ -131,7 +131,7 @@
       return el("tr", {}, [el("th", { scope: "row", textContent: name }), cell(show(five[0])), cell(word, out > 0 ? "beyond" : out < 0 ? "below" : ""),
         cell(five[3] === null ? "–" : show(five[3]) + " to " + show(five[4])), cell(show(five[2])), cell(show(five[1])), el("td", { className: "wide" }, [plot(five)])]);
     });
-    return [title("Each attack's score"), table(["score", "audited", "of the range", "range, unseen", "reference", "original", "lowest to highest"], rows),
+    return [title("Each attack's score"), table([["score"], ["audited", "n"], ["", ""], ["range, unseen", "n"], ["reference", "n"], ["original", "n"], ["lowest to highest"]], rows),
       el("p", { className: "muted", textContent: "Higher: more is left. The range is that of references and shadows, models that never saw the sample." })];
   }
 
@@ -141,7 +141,7 @@
       el("th", { scope: "row", textContent: id }), cell(target, "wide"), cell(show(similarity)), cell(show(own)), cell(show(other)),
       cell(own === null || other === null ? "–" : (own > other ? "+" : "") + show(own - other)),
     ]));
-    return [title("Nearest samples that were kept"), table(["sample", "target", "similarity", "loss, audited", "loss, reference", "difference"], rows)];
+    return [title("Nearest samples that were kept"), table([["sample"], ["target"], ["similarity", "n"], ["loss, audited", "n"], ["loss, reference", "n"], ["difference", "n"]], rows)];
   }
 
   function details(sample) {
@@ -153,7 +153,7 @@
   }
 
   function open(sample, jump) {
-    const mark = el("span", { className: "verdict " + (sample.verdict || ""), textContent: words(sample.verdict || "not judged") });
+    const mark = el("span", { className: "verdict " + (sample.verdict || ""), textContent: sample.verdict || "not judged" });
     const facts = [["completeness", sample.completeness], ["position", sample.position], ["p, under", sample.p_under], ["p, over", sample.p_over]]
       .filter(([, value]) => value !== null).map(([word, value]) => el("span", { textContent: word + " " + show(value) }));
     const losses = Object.entries(sample.losses).filter(([name, value]) => value !== null && kinds.get(name) !== "shadow")
@@ -188,7 +188,7 @@
     if (key) hits.sort((a, b) => compare(key(a), key(b), 1));
     list.replaceChildren(...hits.map((sample) => {
       const button = el("button", { type: "button" }, [
-        el("span", { className: "line" }, [el("span", { className: "verdict " + (sample.verdict || ""), textContent: words(sample.verdict || "not judged") }), el("span", { className: "muted", textContent: sample.completeness === null ? "" : " " + show(sample.completeness, 2) })]),
+        el("span", { className: "line" }, [el("span", { className: "verdict " + (sample.verdict || ""), textContent: sample.verdict || "not judged" }), el("span", { className: "muted", textContent: sample.completeness === null ? "" : " " + show(sample.completeness, 2) })]),
         el("span", { className: "line" }, [sample.id + " ", el("span", { className: "muted", textContent: sample.subject })]),
         el("span", { className: "line muted", textContent: sample.target }),
       ]);
@@ -214,7 +214,7 @@
   }
   const verdicts = tally(data.samples.map((s) => s.verdict || "not judged"));
   const subjects = tally(data.samples.map((s) => s.subject)).filter(([value]) => value !== "").sort((a, b) => compare(a[0], b[0], 1));
-  choice("Verdict", "verdict", [["", "all"], ...verdicts.map(([v, n]) => [v, words(v) + " (" + n + ")"])]);
+  choice("Verdict", "verdict", [["", "all"], ...verdicts.map(([v, n]) => [v, v + " (" + n + ")"])]);
   if (subjects.length > 1) choice("Subject", "subject", [["", "all"], ...subjects.map(([v, n]) => [v, v + " (" + n + ")"])]);
   choice("Order", "order", Object.entries(orders).map(([value, [text]]) => [value, text]));
   form.hidden = false;

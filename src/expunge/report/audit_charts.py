@@ -59,9 +59,9 @@ def p_values(record: DrillRecord) -> Chart | None:
         axes.set_title(f"n = {len(values)}", loc="left", pad=3)
     panels[0].set_ylabel("samples")
     caption = (
-        "Left, more is left than in models that never saw the sample; right, less. Had the data never been learnt, the "
-        "bars would follow the line (95 % of bars within the band). A heap at 0 is what forgetting did not take, or "
-        "took too much of."
+        "For a model that never saw the data the bars would follow the line, 95 % of them within the band. A heap at 0 "
+        "on the left: samples of which more is left than in such models. A heap at 0 on the right: samples that it "
+        "knows less than they do."
     )
     return Chart("audit-p-values", "P-values against chance", caption, figure)
 
@@ -86,7 +86,7 @@ def completeness(record: DrillRecord) -> Chart | None:
         color=[LOOK.get(v, (MUTED, "x"))[0] for v in kinds],
         alpha=0.8,
         rwidth=0.9,
-        label=[v.replace("-", " ") for v in kinds],
+        label=kinds,
     )
     axes.set_xlabel("completeness (0 = as before, 1 = gone)")
     axes.set_ylabel("samples")
@@ -119,9 +119,9 @@ def position(record: DrillRecord) -> Chart | None:
             markersize=5,
             markeredgecolor=colour if marker in "x+" else PAPER,
             markeredgewidth=1.2 if marker in "x+" else 0.6,
-            label=(verdict or "not judged").replace("-", " "),
+            label=verdict or "not judged",
         )
-    axes.set_xlabel("what the original knew: loss of the reference − loss of the original, nats per token")
+    axes.set_xlabel("loss of the reference − loss of the original, nats per token")
     axes.set_ylabel("position (0 = reference, 1 = original)")
     figure.legend(loc="outside upper left", ncols=4, handletextpad=0.2, columnspacing=1.2)
     caption = (

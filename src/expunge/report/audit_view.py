@@ -126,7 +126,7 @@ class AuditReport:
             AttackLine(row, mark, dots(axis, mark), self.audit.cost.get(row.attack))
             for row, mark in zip(rows, marks, strict=True)
         ]
-        what = "AUC, forget against holdout" if statistic == "auc" else f"{statistic} over the forget samples"
+        what = "AUC, forget against holdout" if statistic == "auc" else f"{statistic} over samples"
         title = f"{(family or 'other').capitalize()}: {what}"
         return AttackGroup(title, axis, ruler(axis), sorted(lines, key=_concern))
 
@@ -147,7 +147,7 @@ class AuditReport:
         """Worst case in one line: score, value with interval, reference, corrected p, and of how many tests."""
         row = entry.worst
         if row is None:
-            return f"of {entry.tests} tests" if entry.tests else ""
+            return f"of {plural(entry.tests, 'test')}" if entry.tests else ""
         mark = self.marks(row)
         parts = [f"worst case: {row.score}"]
         if mark.audited is not None:
@@ -178,10 +178,8 @@ class AuditReport:
         by_verdict: dict[str, list[str]] = {}
         for tile in self.tiles:
             by_verdict.setdefault(tile.entry.verdict, []).append(tile.entry.axis)
-        said = [
-            f"{listing(by_verdict[word])} {word}" for word in ("failed", "passed", "not shown") if word in by_verdict
-        ]
-        return f"Audit of {self.subject}: {'; '.join(said)}."
+        order = [word for word in ("failed", "passed", "not shown") if word in by_verdict]
+        return " ".join(f"{word.capitalize()}: {listing(by_verdict[word])}." for word in order)
 
     def paragraph(self) -> str:
         """What was audited, against what, and what follows for the samples, in plain words."""
@@ -238,7 +236,7 @@ class AuditReport:
         if complete and complete.smallest_p and complete.level and complete.smallest_p > complete.level:
             found.append(
                 f"The smallest p-value that {plural(complete.shadows, 'shadow')} can give is "
-                f"{p_value(complete.smallest_p)}, above the level {number(complete.level)}: no sample can be called "
+                f"{p_value(complete.smallest_p)}, above the level {complete.level:g}: no sample can be called "
                 "under-unlearned."
             )
         if audit.failed:
@@ -262,8 +260,8 @@ class AuditReport:
             ("Form", complete.form),
             ("Shadows", complete.shadows),
             ("Calibration", calibration if isinstance(calibration, str) else _flat(calibration)),
-            ("Level", "" if complete.level is None else number(complete.level)),
-            ("False discovery rate", "" if complete.fdr is None else number(complete.fdr)),
+            ("Level", "" if complete.level is None else f"{complete.level:g}"),
+            ("False discovery rate", "" if complete.fdr is None else f"{complete.fdr:g}"),
             ("Samples", complete.n),
             ("Auditable", "" if complete.auditable is None else complete.auditable),
             ("Smallest p-value possible", "" if complete.smallest_p is None else p_value(complete.smallest_p)),

@@ -49,14 +49,8 @@ def axis_of(statistic: str, rows: Sequence[Marks]) -> DotAxis:
     """AUC and shares are drawn as they are; other means by where they lie between reference and original."""
     if statistic == "auc":
         return CHANCE
-    values = [
-        end
-        for row in rows
-        for m in (row.audited, row.original, *row.references)
-        if m is not None
-        for end in (m.value, m.low, m.high)
-        if end is not None
-    ]
+    measures = [m for row in rows for m in (row.audited, row.original, *row.references) if m is not None]
+    values = [m.value for m in measures if m.value is not None]
     return UNIT if values and min(values) >= 0 and max(values) <= 1 else RELATIVE
 
 

@@ -17,8 +17,6 @@ function compare(a, b, turn) {
   return turn * String(a).localeCompare(String(b), undefined, { numeric: true });
 }
 
-function words(text) { return text.replaceAll("-", " "); }
-
 function sortButton(th, onSort) {
   const button = el("button", { type: "button", title: "Sort by this column" });
   button.append(...th.childNodes);

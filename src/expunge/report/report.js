@@ -28,7 +28,7 @@
       const rest = data.numbers.map((name, i) => name + " " + (row.numbers[i] === null ? "–" : row.numbers[i]));
       details.append(block("Model " + row.model, rest.join(", ")));
     });
-    const verdict = el("td", {}, row.verdict ? [el("span", { className: "verdict " + row.verdict, textContent: words(row.verdict) })] : []);
+    const verdict = el("td", {}, row.verdict ? [el("span", { className: "verdict " + row.verdict, textContent: row.verdict })] : []);
     const numbers = row.numbers.slice(0, shown).map((v) => el("td", { textContent: v === null ? "–" : String(Number(v.toPrecision(3))) }));
     return [el("th", { scope: "row" }, [details]), ...[row.role, row.method, row.seed].map((v) => el("td", { textContent: v })), verdict, ...numbers];
   }
@@ -77,7 +77,7 @@
   const selects = {};
   for (const [name, label] of [["method", "Method"], ["seed", "Seed"], ["role", "Role"], ["verdict", "Verdict"]]) {
     const values = Array.from(new Set(rows.map((r) => (name === "verdict" ? r.verdict || "none" : r[name])))).sort((a, b) => compare(a, b, 1));
-    const select = el("select", {}, [el("option", { value: "", textContent: "all" }), ...values.map((v) => el("option", { value: v, textContent: name === "verdict" ? words(v) : v }))]);
+    const select = el("select", {}, [el("option", { value: "", textContent: "all" }), ...values.map((v) => el("option", { value: v, textContent: name === "verdict" ? v : v }))]);
     select.addEventListener("change", () => { state[name] = select.value; press(); refresh(); });
     selects[name] = select;
     form.append(el("label", {}, [label, select]));
