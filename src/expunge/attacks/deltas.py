@@ -88,15 +88,16 @@ def pull(model: nn.Module, adapter: Adapter, sample: Sample, delta: Weights) -> 
     access="both checkpoints",
     paper="Bertran et al. 2024, arXiv:2405.20272; Hu et al. 2024, arXiv:2404.03233",
     options=DeltaOptions,
-    formula="<theta - theta_original, grad loss(x)>; cosine: the same over |theta - theta_original| |grad loss(x)|",
+    formula="cos(theta - theta_original, grad loss(x)); product: <theta - theta_original, grad loss(x)>",
     passes=6.0,
     needs={"original"},
     modalities={"text", "multimodal", "classifier"},
 )
 def weight_delta(exam: Exam, checkpoint: Checkpoint, options: DeltaOptions) -> Finding:
-    """Who was erased? Inner product and cosine of the weight difference with each sample's loss gradient.
+    """Who was erased? Cosine and inner product of the weight difference with each sample's loss gradient.
 
-    Positive: the edit raised the loss of this sample. Samples that were in the training set and were erased stand
+    ``weight-delta`` is the cosine: the inner product also grows with the length of the gradient, which says how badly
+    a sample is known and not what the edit was about; it is given as ``weight-delta.product``. Positive: the edit raised the loss of this sample. Samples that were in the training set and were erased stand
     out; retained and never-seen ones do not. On the original itself there is no difference, and every score is 0;
     on a model retrained from another start the difference is about everything at once.
 
@@ -124,7 +125,7 @@ def weight_delta(exam: Exam, checkpoint: Checkpoint, options: DeltaOptions) -> F
     if left_out:
         notes.append(f"{left_out} samples were not scored: at most {options.limit} of each role are")
     figures = {"weight-delta.norm": Estimate(length, n=1, definition="l2-norm/1")}
-    return Finding({"weight-delta": inner, "weight-delta.cosine": cosine}, figures, notes=notes)
+    return Finding({"weight-delta": cosine, "weight-delta.product": inner}, figures, notes=notes)
 
 
 def _cosine(along: float, norm: float, length: float) -> float:

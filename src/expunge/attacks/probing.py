@@ -249,7 +249,7 @@ def pooled(checkpoint: Checkpoint, samples: Sequence[Sample]) -> list[Floats]:
     family="membership",
     tier="standard",
     access="weights",
-    paper="Hewitt & Liang 2019, arXiv:1909.03368 (probe and control); Maini et al. 2024, arXiv:2406.06443",
+    paper="LUMIA, Ibanez-Lissen et al. 2024, arXiv:2411.19876; Hewitt & Liang 2019, arXiv:1909.03368 (control)",
     options=ProbeOptions,
     formula="decision value of a ridge probe, retained = 1, auxiliary never-trained = 0, on the mean state of block k",
     passes=3.0,
