@@ -42,6 +42,10 @@ VERBS: tuple[Verb, ...] = (
         "Measure a model against its original and retrained references.",
     ),
     Verb(
+        "completeness",
+        "Say for each sample of a table of readings whether it is gone, with calibrated verdicts.",
+    ),
+    Verb(
         "bench",
         "Compare methods over seeds with retrained references: who comes closest, at what cost.",
     ),

@@ -183,26 +183,38 @@ def parity(
     """
     knots = knots or PUBLISHED_KNOTS[readings.form]
     scores_N = np.full(len(readings), np.nan)
-    places = np.flatnonzero(readings.complete())
-    size = batch or max(1, len(places))
-    for start in range(0, len(places), size):
-        part = places[start : start + size]
-        pooled = part[by_id(readings.select(part.tolist()))]
-        scores_N[pooled] = _published(ladder(readings.select(pooled.tolist()), eps, normalised), knots)
+    given = np.flatnonzero(readings.complete())
+    size = batch or max(1, len(given))
+    parts = [given[start : start + size] for start in range(0, len(given), size)]
+    if not parts:
+        return scores_N
+    places = np.concatenate([part[by_id(readings.select(part.tolist()))] for part in parts])
+    steps = ladder(readings, eps, normalised).select(places)
+    tiny = 1e-9 if readings.form == "text" else 0.0  # the published text code adds it
+
+    def cdf(_: int, rung_KN: Floats) -> Floats:
+        sigma_N = batch_spread(rung_KN, size) + tiny
+        if not sigma_N.all():
+            raise UserError(
+                "the published classifier form needs rows that differ, and some that are pooled together do not: give "
+                "more rows, or leave parity."
+            )
+        return gumbel_cdf(steps.query_N, rung_KN.mean(axis=0), sigma_N)
+
+    member_N = climb(steps, knots, cdf)
+    scores_N[places] = member_N if readings.form == "text" else 1 - member_N
     return scores_N
 
 
-def _published(steps: Ladder, knots: int) -> Floats:
-    sigmas = spreads(steps, knots)
-    if steps.form == "text":
-        sigmas += 1e-9
-    elif not sigmas[: knots - 1].all():
-        raise UserError(
-            f"the published classifier form needs rows that differ, and {len(steps.query_N)} asked for together do not: "
-            "give more rows, or leave parity."
-        )
-    member_N = climb(steps, knots, lambda k, rung: gumbel_cdf(steps.query_N, rung.mean(axis=0), float(sigmas[k])))
-    return member_N if steps.form == "text" else 1 - member_N
+def batch_spread(rung_KN: Floats, size: int) -> Floats:
+    """Population deviation over shadows and the samples of each run of ``size``, repeated for its samples, (N,)."""
+    shadows, num = rung_KN.shape
+    whole = num - num % size
+    blocks = rung_KN[:, :whole].reshape(shadows, -1, size).swapaxes(0, 1).reshape(-1, shadows * size)
+    spread_N = np.repeat(blocks.std(axis=1), size)
+    if whole == num:
+        return spread_N
+    return np.concatenate([spread_N, np.full(num - whole, rung_KN[:, whole:].ravel().std())])
 
 
 # -- our own: a frozen scale ---------------------------------------------------------------------------------------
