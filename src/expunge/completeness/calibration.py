@@ -1,0 +1,323 @@
+"""Verdicts that are calibrated: is this sample's reading one that a model which never saw it would give?
+
+Every shadow is left out once and judged by the others, as the unlearned model is judged by all of them. What the
+shadows score in this way is the null distribution, so the p-values are conformal (Vovk et al. 2005): for a model that
+is exchangeable with the shadows, a share of at most ``level`` of the samples has p <= ``level``. Verdicts control the
+false discovery rate over the auditable samples (Benjamini and Hochberg 1995; for conformal p-values Bates et al. 2023).
+
+Shape suffixes: N samples, K shadow models, M holdout samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expunge.completeness.readings import Floats, Readings, classifier_signal, text_signal
+from expunge.errors import UserError
+
+Verdict = Literal["under-unlearned", "adequate", "over-unlearned", "not-auditable"]
+VERDICTS: tuple[Verdict, ...] = ("under-unlearned", "adequate", "over-unlearned", "not-auditable")
+PRIOR_SHADOWS = 4.0  # weight of the variance of all samples beside a sample's own, in shadows
+ANCHOR_SHARE = 0.15  # of the never-seen reading in the anchor of the score; see docs/completeness.md
+PROB_FLOOR = 1e-6  # a probability of exactly 0 or 1 has no logit
+
+
+@dataclass(frozen=True, eq=False)
+class Completeness:
+    """One answer per sample, in the order of the readings.
+
+    ``score_N``: evidence that the sample is still a member, for ranking; higher is more. ``position_N``: 0 reads like
+    the shadows' mean, 1 like the original; nan without an original or anchor gap. ``completeness_N``: 1 - position,
+    shrunk where the gap is small against the shadows' spread, within [0, 1]. ``p_under_N``, ``p_over_N``: share of
+    never-seen readings that look at least as remembered, or at least as forgotten; nan without a calibration.
+    ``auditable_N``: the original itself would be told from a model that never saw the sample, at ``level``.
+    """
+
+    ids: Sequence[str]
+    score_N: Floats
+    position_N: Floats
+    completeness_N: Floats
+    p_under_N: Floats
+    p_over_N: Floats
+    auditable_N: NDArray[np.bool_]
+    verdict_N: Sequence[Verdict]
+    shadows: int
+    level: float
+    fdr: float
+    calibration: Literal["shadows", "shadows and holdout", "holdout", "none"]
+    smallest_p: float  # the least that a p-value can be with this calibration
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    def counts(self) -> dict[Verdict, int]:
+        return {name: sum(v == name for v in self.verdict_N) for name in VERDICTS}
+
+    def called(self) -> Floats:
+        """(N,) 1 where p_under <= level before correction, nan where not auditable: ``level`` is the rate by chance."""
+        low_N = (self.p_under_N <= self.level).astype(np.float64)
+        return np.where(self.auditable_N, low_N, np.nan)
+
+
+def calibrate(
+    readings: Readings, *, level: float = 0.05, fdr: float = 0.05, holdout: Readings | None = None
+) -> Completeness:
+    """Verdict for each sample.
+
+    Args:
+        readings: the samples that were to be forgotten.
+        level: of the test that decides what is auditable, and of :meth:`Completeness.called`.
+        fdr: expected share of wrong calls among those called under-unlearned (and, apart, over-unlearned).
+        holdout: readings of samples that no model was trained on. They centre the unlearned model and each shadow
+            for the test of under-unlearning, so that a model which is better or worse as a whole is not mistaken for
+            one that remembers. With a single shadow they are needed: the unlearned model's own residuals on them are
+            then the null distribution.
+
+    Raises:
+        UserError: level or fdr outside (0, 1), or a holdout with another form or number of shadows.
+    """
+    for name, value in (("level", level), ("fdr", fdr)):
+        if not 0 < value < 1:
+            raise UserError(f"{name} = {value} is not between 0 and 1: give for example 0.05.")
+    if holdout is not None and (holdout.form, holdout.num_shadows) != (readings.form, readings.num_shadows):
+        raise UserError(
+            f"the holdout has {holdout.num_shadows} shadow(s) in form {holdout.form}, the samples have "
+            f"{readings.num_shadows} in form {readings.form}: give the same models for both."
+        )
+    whole_N = readings.complete()
+    kept = readings.select(whole_N)
+    beside = None if holdout is None else holdout.select(holdout.complete())
+    if beside is not None and not len(beside):
+        raise UserError("no holdout sample has a number under every model: give some, or leave the holdout out.")
+    notes = [] if whole_N.all() else [f"{int((~whole_N).sum())} sample(s) without a finite reading: not auditable."]
+
+    null = _Null.of(kept, beside)
+    residual_N = null.residuals(evidence(kept.form, kept.unlearned_N))
+    gap_N = np.full(len(kept), np.nan)
+    if kept.original_N is not None:
+        gap_N = null.residuals(evidence(kept.form, kept.original_N))
+    p_under_N = null.p_under(residual_N)
+    p_over_N = null.p_over(residual_N)
+    if kept.original_N is None:
+        auditable_N = np.full(len(kept), null.size > 0)
+        notes.append("no original was given: which samples could have been told apart at all is not known.")
+    else:
+        auditable_N = null.p_beyond(gap_N) <= level if null.size else np.zeros(len(kept), dtype=bool)
+    if not null.size:
+        notes.append("one shadow and no holdout: nothing to calibrate on, so no verdict; give a second shadow.")
+    num = int(auditable_N.sum())
+    if null.size and num and 1 / (1 + null.size) > fdr / num:
+        least = int(np.ceil(num / (fdr * (1 + null.size))))
+        notes.append(
+            f"with {null.size} never-seen readings a verdict needs at least {least} samples of the {num} auditable "
+            "ones to stand out together: more shadows or holdout samples make it finer."
+        )
+    under_N, over_N = (_discoveries(p_N, auditable_N, fdr) for p_N in (p_under_N, p_over_N))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        position_N = np.where(auditable_N, residual_N / gap_N, np.nan)
+        unit = 1.0 if kept.num_shadows > 2 else float(np.std(null.plain)) if null.size else np.nan
+        completeness_N = 1 - np.clip(residual_N * gap_N / (gap_N**2 + unit**2), 0, 1)
+
+    def spread(values: Floats) -> Floats:
+        out = np.full(len(readings), np.nan)
+        out[whole_N] = values
+        return out
+
+    verdicts: list[Verdict] = ["not-auditable"] * len(readings)
+    for place, able, under, over in zip(np.flatnonzero(whole_N), auditable_N, under_N, over_N, strict=True):
+        if able:
+            verdicts[place] = "under-unlearned" if under else "over-unlearned" if over else "adequate"
+    able_all = np.zeros(len(readings), dtype=bool)
+    able_all[whole_N] = auditable_N
+    return Completeness(
+        readings.ids,
+        spread(score(kept)),
+        spread(position_N),
+        spread(completeness_N),
+        spread(p_under_N),
+        spread(p_over_N),
+        able_all,
+        verdicts,
+        readings.num_shadows,
+        level,
+        fdr,
+        null.source,
+        1 / (1 + null.size),
+        tuple(notes),
+    )
+
+
+def score(readings: Readings) -> Floats:
+    """(N,) evidence that a sample is still a member: its signal above an anchor between original and never-seen.
+
+    s_u - (1 - c) s_o - c mean_k s_k with IAM's signal s (increasing in the probability) and c = 0.15; offline
+    s_u - mean_k s_k. A member reads like the original up to little noise, a forgotten sample like the shadows up to
+    much: the anchor therefore lies near the original. Unlike IAM's score it does not depend on the other samples.
+    """
+
+    def signal(values: Floats) -> Floats:
+        return -text_signal(values) if readings.form == "text" else classifier_signal(values)
+
+    seen_N, unseen_N = signal(readings.unlearned_N), signal(readings.shadow_KN).mean(axis=0)
+    if readings.original_N is None:
+        return np.asarray(seen_N - unseen_N)
+    return np.asarray(seen_N - (1 - ANCHOR_SHARE) * signal(readings.original_N) - ANCHOR_SHARE * unseen_N)
+
+
+def evidence(form: str, values: Floats) -> Floats:
+    """The scale of the tests, higher = more remembered: -loss for text, the logit of the probability else."""
+    if form == "text":
+        return -np.asarray(values, dtype=np.float64)
+    prob = np.clip(values, PROB_FLOOR, 1 - PROB_FLOOR)
+    return np.asarray(np.log(prob) - np.log1p(-prob))
+
+
+def discoveries(p_values: Floats, fdr: float) -> NDArray[np.bool_]:
+    """(N,) which hypotheses the step-up rule of Benjamini and Hochberg rejects."""
+    num = len(p_values)
+    if not num:
+        return np.zeros(0, dtype=bool)
+    ordered = np.sort(p_values)
+    passed = np.flatnonzero(ordered <= fdr * np.arange(1, num + 1) / num)
+    return np.asarray(p_values <= ordered[passed[-1]]) if passed.size else np.zeros(num, dtype=bool)
+
+
+def _discoveries(p_N: Floats, among_N: NDArray[np.bool_], fdr: float) -> NDArray[np.bool_]:
+    found_N = np.zeros(len(p_N), dtype=bool)
+    found_N[among_N] = discoveries(p_N[among_N], fdr)
+    return found_N
+
+
+def residuals(values_N: Floats, shadow_KN: Floats, own_spread: bool = True) -> Floats:
+    """(N,) distance from the shadows' mean in standard deviations of such a distance.
+
+    A sample's variance over the shadows is shrunk towards the mean variance of all samples, as if that came from
+    four more shadows: a few shadows say little about one sample's spread. Without ``own_spread`` every sample counts
+    as equally spread, and the unit is that of the values.
+    """
+    num = len(shadow_KN)
+    away_N = values_N - shadow_KN.mean(axis=0)
+    if not own_spread:
+        return np.asarray(away_N / np.sqrt(1 + 1 / num))
+    own_N = shadow_KN.var(axis=0, ddof=1)
+    variance_N = ((num - 1) * own_N + PRIOR_SHADOWS * own_N.mean()) / (num - 1 + PRIOR_SHADOWS)
+    return np.asarray(away_N / np.sqrt(np.maximum(variance_N, 1e-12) * (1 + 1 / num)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Null:
+    """Residuals of models that never saw the samples, sorted; and what every model was centred by.
+
+    A sample counts as remembered when it is so by both, as over-forgotten by ``plain`` alone: a model that is worse as
+    a whole, on the holdout too, has forgotten too much.
+    """
+
+    shadow_KN: Floats  # evidence
+    centred: Floats
+    plain: Floats
+    centre: float  # of the unlearned model
+    source: Literal["shadows", "shadows and holdout", "holdout", "none"]
+
+    @classmethod
+    def of(cls, kept: Readings, beside: Readings | None) -> _Null:
+        shadow_KN, none = evidence(kept.form, kept.shadow_KN), np.zeros(0)
+        if len(shadow_KN) == 1:
+            if beside is None:
+                return cls(shadow_KN, none, none, 0.0, "none")
+            own_M, beside_KM = evidence(kept.form, beside.unlearned_N), evidence(kept.form, beside.shadow_KN)
+            found = np.sort(residuals(own_M, beside_KM, own_spread=False))
+            return cls(shadow_KN, found, found, 0.0, "holdout")
+        beside_KM = none[None] if beside is None else evidence(kept.form, beside.shadow_KN)
+        own = cls._has_spread(shadow_KN)
+        centred, plain = [], []
+        for k in range(len(shadow_KN)):
+            found = residuals(shadow_KN[k], np.delete(shadow_KN, k, axis=0), own)
+            shift = 0.0
+            if beside is not None:
+                shift = float(residuals(beside_KM[k], np.delete(beside_KM, k, axis=0), own).mean())
+            centred.append(found - shift)
+            plain.append(found)
+        pools = np.sort(np.concatenate(centred)), np.sort(np.concatenate(plain))
+        if beside is None:
+            return cls(shadow_KN, *pools, 0.0, "shadows")
+        centre = float(residuals(evidence(kept.form, beside.unlearned_N), beside_KM, own).mean())
+        return cls(shadow_KN, *pools, centre, "shadows and holdout")
+
+    @staticmethod
+    def _has_spread(shadow_KN: Floats) -> bool:
+        """With two shadows, one is left when the other is judged: no spread of a sample's own is known then."""
+        return len(shadow_KN) > 2
+
+    @property
+    def size(self) -> int:
+        return len(self.plain)
+
+    def residuals(self, values_N: Floats) -> Floats:
+        return residuals(values_N, self.shadow_KN, self._has_spread(self.shadow_KN))
+
+    def p_under(self, residual_N: Floats) -> Floats:
+        """The larger of the p-values with and without centring: remembered both for this model and as such."""
+        if not self.size:
+            return np.full(len(residual_N), np.nan)
+        centred_N = residual_N - self.centre
+        beyond_N = self.size - np.searchsorted(self.centred, centred_N, side="left")
+        return np.maximum(self.p_beyond(residual_N), (1 + beyond_N) / (1 + self.size))
+
+    def p_beyond(self, residual_N: Floats) -> Floats:
+        return np.asarray((1 + self.size - np.searchsorted(self.plain, residual_N, side="left")) / (1 + self.size))
+
+    def p_over(self, residual_N: Floats) -> Floats:
+        if not self.size:
+            return np.full(len(residual_N), np.nan)
+        return np.asarray((1 + np.searchsorted(self.plain, residual_N, side="right")) / (1 + self.size))
+
+
+@dataclass(frozen=True)
+class SubjectAnswer:
+    """All texts of one subject together: mean completeness of the auditable ones, p-value of their mean residual."""
+
+    subject: str
+    n: int
+    completeness: float
+    p_under: float
+
+
+def by_subject(readings: Readings, found: Completeness, holdout: Readings | None = None) -> list[SubjectAnswer]:
+    """One answer per subject, from the mean residual over its samples against those of left-out shadows.
+
+    The null distribution has one value per shadow and subject (holdout subjects too), so it is coarse; the p-value is
+    nan with fewer than two shadows or without subjects.
+    """
+    if readings.subjects is None:
+        return []
+    whole_N = readings.complete()
+    kept = readings.select(whole_N)
+    subjects = np.array(list(kept.subjects or []))
+    names = list(dict.fromkeys(subjects.tolist()))
+    pool: list[float] = []
+    own = dict.fromkeys(names, np.nan)
+    if readings.num_shadows >= 2 and len(kept):
+        shadow_KN = evidence(kept.form, kept.shadow_KN)
+        groups = [subjects == name for name in names]
+        own_spread = len(shadow_KN) > 2
+        residual_N = residuals(evidence(kept.form, kept.unlearned_N), shadow_KN, own_spread)
+        own = {name: float(residual_N[at].mean()) for name, at in zip(names, groups, strict=True)}
+        for part in (kept, holdout.select(holdout.complete()) if holdout is not None else None):
+            if part is None or part.subjects is None:
+                continue
+            values_KN, labels = evidence(part.form, part.shadow_KN), np.array(list(part.subjects))
+            for k in range(len(values_KN)):
+                left_out_N = residuals(values_KN[k], np.delete(values_KN, k, axis=0), own_spread)
+                pool += [float(left_out_N[labels == name].mean()) for name in dict.fromkeys(labels.tolist())]
+    gone_N = found.completeness_N[whole_N]
+    able_N = found.auditable_N[whole_N]
+    answers = []
+    for name in names:
+        at = (subjects == name) & able_N
+        p_under = (1 + sum(v >= own[name] for v in pool)) / (1 + len(pool)) if pool else np.nan
+        completeness = float(gone_N[at].mean()) if at.any() else np.nan
+        answers.append(SubjectAnswer(name, int((subjects == name).sum()), completeness, float(p_under)))
+    return answers
