@@ -35,7 +35,7 @@ def test_a_table_becomes_readings(tmp_path: Path) -> None:
     np.testing.assert_array_equal(r.shadow_KN, [[2.0, 1.75, 1.5], [2.25, 2.0, math.nan]])
     np.testing.assert_array_equal(r.label_N, [0, 1, math.nan])
     assert r.complete().tolist() == [True, True, False]
-    assert found.notes == ("1 of 3 samples lack a number and are not auditable.",)
+    assert found.notes == ()
 
 
 def test_column_order_case_and_spaces_do_not_matter(tmp_path: Path) -> None:
@@ -170,7 +170,6 @@ ODD: dict[str, tuple[str, Form, str]] = {
     "other columns": ("id,unlearned,original,shadow,note\na,1,.5,3,x\nb,2,.5,4,y\n", "text", "left out: note"),
     "nothing unlearned": (HEAD + "a,1,1,3\nb,2,2,4\n", "text", "'unlearned' and 'original' are identical"),
     "wrong form": (HEAD + "a,.5,.9,.1\nb,.4,.8,.2\n", "text", "is 'text' the right form"),
-    "infinite": (HEAD + "a,inf,.9,1.5\nb,.4,.8,2\n", "text", "1 of 2 samples lack a number"),
 }
 
 
@@ -179,6 +178,11 @@ def test_odd_tables_get_a_note(tmp_path: Path, name: str) -> None:
     text, form, message = ODD[name]
     notes = read_table(table(tmp_path, text), form).notes
     assert any(message in note for note in notes), notes
+
+
+def test_an_infinite_reading_is_none(tmp_path: Path) -> None:
+    readings = read_table(table(tmp_path, HEAD + "a,inf,.9,1.5\nb,.4,.8,2\n"), "text").readings
+    assert np.isnan(readings.unlearned_N[0]) and readings.complete().tolist() == [False, True]
 
 
 def test_an_ordinary_table_gets_no_note(tmp_path: Path) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ class Answer:
     settings: Mapping[str, Any]
     verdicts: Mapping[str, int] | None = None
     auc: Mapping[str, Any] = field(default_factory=dict)
+    subjects: Sequence[Any] = ()  # expunge.completeness.calibration.SubjectAnswer
     notes: tuple[str, ...] = ()
     folder: Path | None = None
 
@@ -53,6 +53,7 @@ class Answer:
             "score": self.meaning,
             "verdicts": self.verdicts,
             "auc": {name: estimate.record() for name, estimate in self.auc.items()},
+            "subjects": [asdict(s) for s in self.subjects],
             "notes": list(self.notes),
         } | ({"run": str(self.folder)} if self.folder else {})
 
@@ -161,25 +162,46 @@ def _apart(readings: Readings, unseen: Readings) -> None:
 def _published(readings: Readings, settings: Mapping[str, Any]) -> Answer:
     scores_N = iam.parity(readings, batch=settings["batch_size"])
     member_N = scores_N if readings.form == "text" else 1 - scores_N
-    return Answer(readings, {"id": readings.ids, "score": scores_N}, member_N, PARITY_SCORE[readings.form], settings)
+    lost = int(np.isnan(scores_N).sum())
+    notes = (f"{lost} of {len(readings)} samples lack a number and have no score.",) if lost else ()
+    columns: dict[str, Sequence[Any] | Floats] = {"id": readings.ids, "score": scores_N}
+    return Answer(readings, columns, member_N, PARITY_SCORE[readings.form], settings, notes=notes)
 
 
 def _calibrated(readings: Readings, unseen: Readings | None, settings: Mapping[str, Any]) -> Answer:
-    from expunge.completeness.calibration import calibrate
+    from expunge.completeness.calibration import by_subject, calibrate
 
-    found = calibrate(readings, level=settings["level"], fdr=settings["fdr"], holdout=unseen)
+    # Sums over samples run in the order of ids, so that the order of rows changes no bit of any answer.
+    order = np.argsort(np.asarray(readings.ids, dtype=np.str_), kind="stable")
+    rank = np.argsort(order)
+    sorted_readings = readings.select(order.tolist())
+    found = calibrate(sorted_readings, level=settings["level"], fdr=settings["fdr"], holdout=_sorted(unseen))
+    verdicts = [found.verdict_N[place] for place in rank]
     columns: dict[str, Sequence[Any] | Floats] = {
         "id": readings.ids,
-        "score": found.score_N,
-        "completeness": found.completeness_N,
-        "verdict": list(found.verdict_N),
-        "position": found.position_N,
-        "p_under": found.p_under_N,
-        "p_over": found.p_over_N,
+        "score": found.score_N[rank],
+        "completeness": found.completeness_N[rank],
+        "verdict": verdicts,
+        "position": found.position_N[rank],
+        "p_under": found.p_under_N[rank],
+        "p_over": found.p_over_N[rank],
     }
-    counts = Counter(found.verdict_N)
-    verdicts = {name: counts[name] for name in VERDICTS}
-    return Answer(readings, columns, found.score_N, EVIDENCE, settings, verdicts, notes=tuple(found.notes))
+    settings = {**settings, "calibration": found.calibration, "smallest_p": found.smallest_p}
+    subjects = tuple(by_subject(sorted_readings, found, _sorted(unseen)))
+    return Answer(
+        readings,
+        columns,
+        found.score_N[rank],
+        EVIDENCE,
+        settings,
+        {name: verdicts.count(name) for name in VERDICTS},
+        subjects=subjects,
+        notes=tuple(found.notes),
+    )
+
+
+def _sorted(readings: Readings | None) -> Readings | None:
+    return None if readings is None else readings.select(np.argsort(np.asarray(readings.ids, dtype=np.str_)).tolist())
 
 
 def _auc(answer: Answer) -> dict[str, Any]:

@@ -105,8 +105,6 @@ def read_table(path: Path | str, form: Form, *, original: bool = True) -> Table:
         subjects,
         label_N,
     )
-    if lost := int(np.sum(~readings.complete())):
-        notes.append(f"{lost} of {len(ids)} samples lack a number and are not auditable.")
     return Table(readings, tuple(notes))
 
 
@@ -370,7 +368,7 @@ def _oddities(columns: Columns, values: Mapping[str, Floats], shadows: Sequence[
     if columns.comma:
         notes.append("numbers were read with a decimal comma ('0,35' as 0.35).")
     if len(columns.lines) == 1:
-        notes.append("one row only: nothing can be calibrated on it without a holdout table.")
+        notes.append("one row only: for a verdict, give a holdout table as well.")
         return notes
     for name, values_N in values.items():
         if np.isfinite(values_N).sum() > 1 and np.nanmin(values_N) == np.nanmax(values_N):
