@@ -77,3 +77,5 @@ def test_a_sample_without_a_token_has_no_norm() -> None:
 def test_wrong_norm() -> None:
     with pytest.raises(UserError, match="allowed are 1, 2, inf"):
         run("gradient_norm", norm="3")
+    with pytest.raises(UserError, match="Allowed: all, tensors"):
+        gradient_norms(tiny_model(), adapter(), exam().forget, "2", "each")

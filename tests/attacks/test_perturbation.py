@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 
@@ -135,6 +136,7 @@ def test_swaps_are_the_likeliest_of_all() -> None:
 
 def test_replacing_keeps_capitals_and_punctuation() -> None:
     assert replaced('He said "Cats," twice', Swap(2, "dogs", 1.0)) == 'He said "Dogs," twice'
+    assert replaced("Cats\n\n  ran  off", Swap(1, "sat", 1.0)) == "Cats\n\n  sat  off"
     assert bare_word('"Cats,"') == "cats" and bare_word("--") == ""
 
 
@@ -160,3 +162,12 @@ def test_neighbourhood_options_and_notes() -> None:
     assert "bigram model of 17 words" in run("neighbourhood").notes[0]
     with pytest.raises(UserError, match="at least 1"):
         run("neighbourhood", neighbours=0)
+
+
+def test_white_space_stays() -> None:
+    """Else every version of a text with line breaks would lose them, and be unlikely for that alone."""
+    text = "ada ash\n\nlikes  red"
+    sample = Sample(id="w", subject="w", target=text)
+    for version in swapped_versions(exam(), sample, PacOptions()):
+        assert re.split(r"\S+", str(version.target)) == re.split(r"\S+", text)
+        assert sorted(str(version.target).split()) == sorted(text.split())

@@ -108,7 +108,13 @@ def replaced(text: str, swap: Swap) -> str:
     before, old, after = _parts(words[swap.place])
     new = swap.word[:1].upper() + swap.word[1:] if old[:1].isupper() else swap.word
     words[swap.place] = before + new + after
-    return " ".join(words)
+    return rewritten(text, words)
+
+
+def rewritten(text: str, words: Iterable[str]) -> str:
+    """The text with its words replaced in their order; the white space between them stays what it was."""
+    new = iter(words)
+    return re.sub(r"\S+", lambda _: next(new), text)
 
 
 def _parts(word: str) -> tuple[str, str, str]:

@@ -17,9 +17,11 @@ from expunge.attacks.copies import attackers_copy
 from expunge.attacks.exam import Checkpoint, Exam
 from expunge.attacks.registry import Finding, attack
 from expunge.data.samples import Role, Sample
+from expunge.errors import unknown
 from expunge.models.adapter import Adapter
 from expunge.options import option
 
+OVER = ("all", "tensors")
 ORDER = {"1": 1.0, "2": 2.0, "inf": math.inf}
 
 
@@ -27,12 +29,12 @@ ORDER = {"1": 1.0, "2": 2.0, "inf": math.inf}
 class GradientOptions:
     """Options of the gradient norm."""
 
-    norm: str = option("2", "p of the p-norm", choices=("1", "2", "inf"))
+    norm: str = option("2", "p of the p-norm", choices=tuple(ORDER))
     over: str = option(
         "all",
         "all: one norm over all weights; tensors: mean of the norms of the weight tensors",
         "tensors is the rule of the MIMIR benchmark, with p = inf",
-        choices=("all", "tensors"),
+        choices=OVER,
     )
 
 
@@ -45,7 +47,7 @@ class GradientOptions:
     "Wang et al. 2024, Pandora's White-Box (arXiv:2402.17012)",
     options=GradientOptions,
     formula="-||d loss(x) / d weights||_p",
-    passes=3.0,
+    passes=6.0,  # 3 by arithmetic; samples that run alone cost about twice what they cost in a batch
     modalities={"text", "multimodal", "classifier"},
 )
 def gradient_norm(exam: Exam, checkpoint: Checkpoint, options: GradientOptions) -> Finding:
@@ -69,7 +71,14 @@ def gradient_norms(
 
     Over the weights that require a gradient, tied ones once; a weight that the sample does not reach counts as 0 in
     "all" and is left out of the mean of "tensors". The model's mode is the caller's; gradients are not kept.
+
+    Raises:
+        UserError: unknown norm or choice of weights.
     """
+    if norm not in ORDER:
+        raise unknown("norm", norm, ORDER)
+    if over not in OVER:
+        raise unknown("choice of weights", over, OVER)
     weights = [p for p in model.parameters() if p.requires_grad]
     found = []
     for sample in samples:

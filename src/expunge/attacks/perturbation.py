@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from expunge.attacks.cloze import Cloze, replaced
+from expunge.attacks.cloze import Cloze, replaced, rewritten
 from expunge.attacks.context import measured
 from expunge.attacks.exam import Checkpoint, Exam, key_of
 from expunge.attacks.membership import lowest_mean
@@ -100,11 +100,12 @@ def swapped(words: Sequence[str], alpha: float, rng: np.random.Generator) -> lis
 
 
 def swapped_versions(exam: Exam, sample: Sample, options: PacOptions) -> list[Sample]:
+    """The altered versions that PAC compares a sample with; none of an answer of fewer than two words."""
     words = str(sample.target).split()
     if len(words) < 2:
         return []
     rng = exam.rng("pac", options.seed, key_of(sample))
-    texts = [" ".join(swapped(words, options.alpha, rng)) for _ in range(options.versions)]
+    texts = [rewritten(str(sample.target), swapped(words, options.alpha, rng)) for _ in range(options.versions)]
     return [_version(sample, text, k) for k, text in enumerate(texts)]
 
 
@@ -156,6 +157,7 @@ def _cloze(exam: Exam) -> Cloze:
 
 
 def word_neighbours(exam: Exam, sample: Sample, most: int) -> list[Sample]:
+    """The sample with one word replaced, likeliest first; made once for all checkpoints."""
     key = ("perturbation", "neighbours", most, key_of(sample))
     if key not in exam.shared:
         text = str(sample.target)

@@ -20,7 +20,7 @@ from expunge.errors import UserError
 from expunge.models.adapter import Adapter, evaluating
 from expunge.models.text import TextAdapter, causal_lm, stop_ids
 
-MAX_TOKENS = 8192  # padded tokens of one batch, prompt and continuation together
+MAX_TOKENS = 8192  # tokens of one batch, prompts and continuations together
 
 
 def sample_texts(
@@ -178,7 +178,7 @@ def _rng(seed: int, sample: Sample, draw: int) -> np.random.Generator:
 
 
 def _groups(rows: Sequence[tuple[int, int]], sizes: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
-    """Rows in batches of at most ``MAX_TOKENS`` padded tokens, longest first."""
+    """Rows in batches of about ``MAX_TOKENS`` tokens at most, longest first."""
     group: list[tuple[int, int]] = []
     for row in sorted(rows, key=lambda r: -sizes[r[0]]):
         if group and sizes[group[0][0]] * (len(group) + 1) > MAX_TOKENS:
