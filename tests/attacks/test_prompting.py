@@ -12,7 +12,15 @@ from tests.matrix.worlds import world
 from attack_cases import audited, exam, retrain
 from expunge.attacks.exam import Checkpoint, Exam
 from expunge.attacks.forms import FORMS, GAP, answer_room, asked, halves, key_words, shots
-from expunge.attacks.prompting import LIGHT, PromptingOptions, many_shot, prompted_answers, prompting
+from expunge.attacks.prompting import (
+    LIGHT,
+    PromptingOptions,
+    best_variants,
+    many_shot,
+    opening,
+    prompted_answers,
+    prompting,
+)
 from expunge.attacks.registry import NoOptions
 from expunge.data.samples import Probe, Sample
 from expunge.errors import UserError
@@ -41,6 +49,12 @@ def by_hand(sample: Sample) -> float:
     return total / len(answer)
 
 
+def opened(question: Sample, variant: Sample) -> Sample:
+    """What the plain template makes of an answer that was begun: its beginning stands in the prompt."""
+    begun = str(question.target).removesuffix(str(variant.target)).rstrip()
+    return replace(variant, prompt=f"{question.prompt} {begun}")
+
+
 @pytest.mark.parametrize("name", WHOLE)
 @pytest.mark.parametrize("kind", ["tiny", "pieces"])
 def test_the_answer_keeps_its_tokens(name: str, kind: str) -> None:
@@ -54,7 +68,7 @@ def test_the_answer_keeps_its_tokens(name: str, kind: str) -> None:
         assert variants
         for variant in variants:
             coded = adapter.cached(variant)
-            assert variant.id == sample.id and variant.target == sample.target
+            assert variant.target == sample.target
             assert coded.ids[coded.first :] == plain.ids[plain.first :]
 
 
@@ -72,7 +86,7 @@ def test_wanted_parts() -> None:
     sample = Sample(
         id="a", subject="a", prompt="where was ada ash born", target="ada ash lives in  rome", names=("ada ash",)
     )
-    assert [(s.prompt, s.target) for s in form("prefill", sample)] == [(sample.prompt + " ada ash", "lives in  rome")]
+    assert [(s.prompt, s.target) for s in form("prefill", sample)] == [(sample.prompt, "lives in  rome")]
     (gap,) = form("cloze", sample)
     assert gap.target not in sample.prompt and f" {GAP}" in gap.prompt and gap.target in sample.target
     (back,) = form("reverse", sample)
@@ -144,7 +158,7 @@ def test_scores_equal_a_pass_by_hand_and_the_worst_case_is_their_maximum() -> No
     sample = here.forget[0]
     for name in LIGHT:
         own = found.scores[f"prompting.{name}"]["forget"][0]
-        variants = form(name, sample, here)
+        variants = [opened(sample, v) if FORMS[name].opens else v for v in form(name, sample, here)]
         assert own == pytest.approx(max(by_hand(v) for v in variants), abs=1e-4)
     for i in range(len(here.forget)):
         whole = [found.scores[f"prompting.{name}"]["forget"][i] for name in LIGHT if FORMS[name].whole]
@@ -157,12 +171,39 @@ def test_answers_are_compared_with_what_the_form_wanted() -> None:
     here = audited(exam().audited)
     found = prompted_answers(here, here.audited, PromptingOptions(forms="plain,prefill"))
     for i, sample in enumerate(here.forget):
-        (variant,) = form("prefill", sample, here)
+        variant = opened(sample, form("prefill", sample, here)[0])
         said = here.audited.adapter.generate(here.audited.model, [variant], answer_room(here))[0]
         expected = rouge_l(str(variant.target), said).recall
         assert found.scores["prompted-answers.prefill"]["forget"][i] == pytest.approx(expected)
     assert found.scores["prompted-answers"] == found.scores["prompted-answers.plain"]
     assert np.mean(found.scores["prompted-answers"]["forget"]) > 0.8
+
+
+def test_a_begun_answer_stands_in_the_models_turn() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'who ' if m['role'] == 'user' else 'is ' }}{{ m['content'] }} <eos> {% endfor %}"
+        "{% if add_generation_prompt %}{{ 'is ' }}{% endif %}"
+    )
+    adapter = TextAdapter(tokenizer=tokenizer, context=64)
+    checkpoint = Checkpoint.of(exam().audited.model, adapter)
+    here = replace(exam(), audited=checkpoint, original=None, references=(), shared={})
+    sample = replace(here.forget[0], target="ada ash likes red")
+    (variant,) = form("prefill", sample, here)
+    ids, answer = opening(adapter, sample, variant)
+    assert tokenizer.decode(ids) == f"who {sample.prompt} <eos> is ada ash" and tokenizer.decode(answer) == "ada ash"
+    ((forced, _),) = best_variants("prefill", [sample], here, checkpoint, spoken=False)
+    own = checkpoint.signals([sample])[0].log_prob_L
+    assert forced == pytest.approx(float(own[2:].mean()))
+    ((_, text),) = best_variants("prefill", [sample], here, checkpoint, spoken=True)
+    slow = []
+    for _ in range(answer_room(here)):
+        with torch.no_grad():
+            token = int(checkpoint.model(input_ids=torch.tensor([ids + slow])).logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        slow.append(token)
+    assert text == tokenizer.decode(slow)
 
 
 def test_finds_the_original_and_no_more_in_a_retrain_than_in_the_reference() -> None:

@@ -12,8 +12,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from expunge.attacks.context import placed_after, text_of
 from expunge.attacks.exam import Exam
-from expunge.attacks.neighbours import PIECE, whole_text
+from expunge.attacks.neighbours import PIECE
 from expunge.data.samples import Sample
 from expunge.models.text import TextAdapter
 
@@ -26,11 +27,15 @@ WRAPS = ("I would like to know the following. {prompt}", "Could you help me with
 
 @dataclass(frozen=True)
 class Form:
-    """One row: how it is made, whether it asks for the whole answer, and its cost in passes over plain samples."""
+    """One row: how it is made, whether it asks for the whole answer, and its cost in passes over plain samples.
+
+    ``opens``: what the answer has before the wanted part is put into the model's own turn, whatever the template.
+    """
 
     make: Callable[[Sample, Exam], Sequence[Sample]]
     whole: bool = True
     passes: float = 1.0
+    opens: bool = False
 
 
 def asked(sample: Sample) -> Sample | None:
@@ -63,13 +68,9 @@ def plain(sample: Sample, exam: Exam) -> list[Sample]:
 
 
 def prefill(sample: Sample, exam: Exam) -> list[Sample]:
-    """The first half of the answer is given, the rest is wanted.
-
-    With the plain template this is the model's own continuation; with a chat template the half stands at the end of
-    the user's turn.
-    """
+    """The first half of the answer is put in the model's mouth, the rest is wanted."""
     parts = halves(str(sample.target))
-    return [] if parts is None else [replace(sample, prompt=f"{sample.prompt} {parts[0]}", target=parts[1])]
+    return [] if parts is None else [replace(sample, target=parts[1])]
 
 
 def affirmative(sample: Sample, exam: Exam) -> list[Sample]:
@@ -137,7 +138,7 @@ def cloze(sample: Sample, exam: Exam) -> list[Sample]:
 
 FORMS: Mapping[str, Form] = {
     "plain": Form(plain, passes=0.0),
-    "prefill": Form(prefill, whole=False),
+    "prefill": Form(prefill, whole=False, passes=0.0, opens=True),
     "affirmative": Form(affirmative),
     "instruction": Form(instruction),
     "role_play": Form(role_play),
@@ -162,7 +163,7 @@ def key_words(text: str, exam: Exam) -> list[str]:
     if key not in exam.shared:
         counts: dict[str, int] = {}
         for other in (*exam.aux, *exam.trained, *exam.samples.get("retain", [])):
-            for word in {p.casefold() for p in PIECE.findall(whole_text(other))}:
+            for word in {p.casefold() for p in PIECE.findall(text_of(other))}:
                 counts[word] = counts.get(word, 0) + 1
         exam.shared[key] = counts
     frequency: dict[str, int] = exam.shared[key]
@@ -202,8 +203,7 @@ def _with_shots(sample: Sample, exam: Exam, most: int) -> list[Sample]:
     fitting = min((_fitting(sample, usable[:most], c.adapter, exam) for c in exam.checkpoints), default=0)
     if not fitting:
         return []
-    block = "\n".join(whole_text(s) for s in usable[:fitting])
-    return [replace(sample, prompt=f"{block}\n{sample.prompt}")]
+    return [placed_after(sample, [text_of(s) for s in usable[:fitting]])]
 
 
 def _fitting(sample: Sample, candidates: Sequence[Sample], adapter: object, exam: Exam) -> int:

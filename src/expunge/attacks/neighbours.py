@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from expunge.attacks.context import text_of
 from expunge.attacks.exam import Exam
 from expunge.data.samples import Sample
 from expunge.metrics.rouge import longest_common_subsequence
@@ -36,17 +37,13 @@ def pool(exam: Exam) -> list[Sample]:
     measured = {s.digest() for s in (*exam.forget, *exam.holdout)}
     found: dict[str, Sample] = {}
     for sample in (*exam.trained, *exam.samples.get("retain", []), *exam.aux):
-        digest, text = sample.digest(), whole_text(sample).casefold()
+        digest, text = sample.digest(), text_of(sample).casefold()
         if sample.subject in subjects or digest in measured or any(name in text for name in names):
             continue
         found.setdefault(digest, sample)
     order = exam.rng("neighbours", "pool").permutation(len(found))
     digests = sorted(found)
     return [found[digests[i]] for i in order]
-
-
-def whole_text(sample: Sample) -> str:
-    return f"{sample.prompt} {sample.target}".strip()
 
 
 def topical(forget: Sequence[Sample], candidates: Sequence[Sample], count: int) -> list[Sample]:
@@ -56,7 +53,7 @@ def topical(forget: Sequence[Sample], candidates: Sequence[Sample], count: int) 
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+|[^\w\s]")
-    rows = vectorizer.fit_transform([whole_text(s) for s in (*forget, *candidates)])
+    rows = vectorizer.fit_transform([text_of(s) for s in (*forget, *candidates)])
     similarity_FP = (rows[: len(forget)] @ rows[len(forget) :].T).toarray()
     return nearest(similarity_FP.max(0), candidates, count)
 

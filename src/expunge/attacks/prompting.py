@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from expunge.attacks.context import loss_at_end
+from expunge.attacks.continuations import ids_up_to
 from expunge.attacks.exam import Checkpoint, Exam
 from expunge.attacks.forms import FORMS, answer_room, asked
 from expunge.attacks.registry import Finding, attack
 from expunge.data.samples import Role, Sample
 from expunge.errors import UserError, unknown
 from expunge.metrics.rouge import rouge_l
+from expunge.models.sampling import sample_ids, text_adapter
+from expunge.models.text import TextAdapter
 from expunge.options import option
 
 PAPER = "Jin et al. 2024, arXiv:2406.10890"
@@ -139,18 +143,55 @@ def best_variants(
     form: str, samples: Sequence[Sample], exam: Exam, checkpoint: Checkpoint, spoken: bool
 ) -> list[tuple[float, str]]:
     """(largest value over the form's variants, the prompt or answer that gave it) of each sample; nan without any."""
-    variants = [list(FORMS[form].make(q, exam)) if (q := asked(s)) is not None else [] for s in samples]
-    flat = [v for group in variants for v in group]
+    row, adapter = FORMS[form], text_adapter(checkpoint.adapter)
+    counts: list[int] = []
+    questions: list[Sample] = []  # of each variant, the question that it was made of
+    variants: list[Sample] = []
+    for sample in samples:
+        question = asked(sample)
+        made = list(row.make(question, exam)) if question is not None else []
+        counts.append(len(made))
+        variants += made
+        questions += [question] * len(made) if question is not None else []
     if spoken:
-        texts = checkpoint.answers(flat, answer_room(exam)) if flat else []
-        values = [rouge_l(str(v.target), text).recall for v, text in zip(flat, texts, strict=True)]
+        if row.opens:
+            texts = continued(checkpoint, adapter, questions, variants, answer_room(exam))
+        else:
+            texts = checkpoint.answers(variants, answer_room(exam)) if variants else []
+        values = [rouge_l(str(v.target), text).recall for v, text in zip(variants, texts, strict=True)]
     else:
-        texts = [v.prompt for v in flat]
-        values = [-s.loss for s in checkpoint.signals(flat)] if flat else []
+        texts = [v.prompt for v in variants]
+        signals = checkpoint.signals(questions if row.opens else variants)
+        given = [len(opening(adapter, q, v)[1]) for q, v in zip(questions, variants, strict=True)] if row.opens else []
+        values = [-loss_at_end(s, len(s) - g) for s, g in zip(signals, given or [0] * len(signals), strict=True)]
     found, first = [], 0
-    for group in variants:
-        own = range(first, first + len(group))
-        first += len(group)
-        winner = max(own, key=lambda i: values[i], default=None)
+    for count in counts:
+        winner = max(range(first, first + count), key=lambda i: values[i], default=None)
         found.append((math.nan, "") if winner is None else (values[winner], texts[winner]))
+        first += count
     return found
+
+
+def opening(adapter: TextAdapter, question: Sample, variant: Sample) -> tuple[list[int], list[int]]:
+    """(token ids up to the part of the answer that the variant wants, those of them that belong to the answer)."""
+    before = str(question.target).removesuffix(str(variant.target))
+    ids = ids_up_to(adapter, question, before)
+    first: int = adapter.encode(replace(question, target=before.rstrip())).first
+    return ids, ids[first:]
+
+
+def continued(
+    checkpoint: Checkpoint,
+    adapter: TextAdapter,
+    questions: Sequence[Sample],
+    variants: Sequence[Sample],
+    max_new_tokens: int,
+) -> list[str]:
+    """Greedy continuations of answers that have been begun; one that leaves no room for the rest is not continued."""
+    starts = [opening(adapter, q, v)[0] for q, v in zip(questions, variants, strict=True)]
+    lengths = [min(max_new_tokens, max(0, adapter.context - len(start))) for start in starts]
+    if not starts:
+        return []
+    # Of the one most probable token, sampling takes that one.
+    drawn = sample_ids(checkpoint.model, adapter, questions, starts, lengths, n=1, top_k=1)
+    return [adapter.tokenizer.decode(ids, skip_special_tokens=True).strip() for (ids,) in drawn]
