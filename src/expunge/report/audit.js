@@ -128,10 +128,10 @@
     const rows = found.map(([name, five]) => {
       const out = beyond(five);
       const word = five[3] === null ? "no range" : out > 0 ? "▲ above" : out < 0 ? "▼ below" : "within";
-      return el("tr", {}, [el("th", { scope: "row", textContent: name }), cell(show(five[0])), cell(word, out > 0 ? "beyond" : out < 0 ? "below" : ""),
-        cell(five[3] === null ? "–" : show(five[3]) + " to " + show(five[4])), cell(show(five[2])), cell(show(five[1])), el("td", { className: "wide" }, [plot(five)])]);
+      return el("tr", {}, [el("th", { scope: "row", textContent: name }), el("td", { className: "wide" }, [plot(five)]), cell(show(five[0])), cell(word, out > 0 ? "beyond" : out < 0 ? "below" : ""),
+        cell(five[3] === null ? "–" : show(five[3]) + " to " + show(five[4])), cell(show(five[2])), cell(show(five[1]))]);
     });
-    return [title("Each attack's score"), table([["score"], ["audited", "n"], ["", ""], ["range, unseen", "n"], ["reference", "n"], ["original", "n"], ["lowest to highest"]], rows),
+    return [title("Each attack's score"), table([["score"], ["lowest to highest"], ["audited", "n"], ["", ""], ["range, unseen", "n"], ["reference", "n"], ["original", "n"]], rows),
       el("p", { className: "muted", textContent: "Higher: more is left. The range is that of references and shadows, models that never saw the sample." })];
   }
 

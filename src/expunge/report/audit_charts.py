@@ -121,13 +121,13 @@ def position(record: DrillRecord) -> Chart | None:
             markeredgewidth=1.2 if marker in "x+" else 0.6,
             label=verdict or "not judged",
         )
-    axes.set_xlabel("loss of the reference − loss of the original, nats per token")
-    axes.set_ylabel("position (0 = reference, 1 = original)")
+    axes.set_xlabel("loss where never seen − loss of the original, nats per token")
+    axes.set_ylabel("position (0 = never saw it, 1 = original)")
     figure.legend(loc="outside upper left", ncols=4, handletextpad=0.2, columnspacing=1.2)
     caption = (
         "Each mark is a forget sample. Far left the original hardly knew more than a model that never saw the sample, "
-        "so little can be said. Grey band: nearer to the reference than half way. Marks beyond −2 and 3 stand at the "
-        "edge."
+        "so little can be said. Grey band: nearer to models that never saw it than half way. Marks beyond −2 and 3 "
+        "stand at the edge."
     )
     if step > 1:
         caption += f" {len(drawn)} of {len(points)} samples are drawn."

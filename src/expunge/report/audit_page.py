@@ -14,7 +14,7 @@ from expunge.report.charts import Chart
 from expunge.report.samples import VERDICTS, clip
 
 PLAIN_ROWS = 50  # worst samples that stand in the page itself, for readers without JavaScript and for print
-LOSS_COLUMNS = 4
+LOSS_COLUMNS = 3
 
 
 def audit_context(report: AuditReport, charts: Sequence[tuple[Chart, Markup]]) -> dict[str, Any]:

@@ -175,7 +175,10 @@ class Drill(OpenModel):
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """What the figures need of a sample: nats per token for the gap; 1 = like the original for the position."""
+    """What the figures need of a sample.
+
+    ``gap``: mean loss of references and shadows, which never saw it, minus the original's, nats per token.
+    """
 
     verdict: str | None
     position: float | None
@@ -257,13 +260,11 @@ def load_drill(folder: Path, audit: Audit, limit: int = DRILL_LIMIT) -> DrillRec
 
 
 def _point(drill: Drill, kinds: dict[str, str]) -> Point:
-    def mean(kind: str) -> float | None:
-        found = [loss for name, loss in drill.losses.items() if kinds.get(name) == kind and loss is not None]
+    def mean(*wanted: str) -> float | None:
+        found = [loss for name, loss in drill.losses.items() if kinds.get(name) in wanted and loss is not None]
         return sum(found) / len(found) if found else None
 
-    original = mean("original")
-    unseen = mean("reference")
-    unseen = mean("shadow") if unseen is None else unseen
+    original, unseen = mean("original"), mean("reference", "shadow")
     gap = None if original is None or unseen is None else unseen - original
     return Point(drill.verdict, drill.position, gap, drill.completeness, drill.p_under, drill.p_over)
 
