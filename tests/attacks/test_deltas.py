@@ -36,7 +36,7 @@ def moved(model: nn.Module, delta: dict[str, torch.Tensor], step: float) -> nn.M
     other = copy.deepcopy(model)
     with torch.no_grad():
         for name, parameter in other.named_parameters():
-            parameter += step * delta[name]
+            parameter.add_(step * delta[name])
     return other
 
 
@@ -50,7 +50,7 @@ def ascended(samples: list[Sample], rate: float, steps: int = 1) -> nn.Module:
         loss.backward()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter += rate * parameter.grad
+                parameter.add_(rate * parameter.grad)
     model.zero_grad()
     return model.eval()
 

@@ -29,13 +29,12 @@ def slow(checkpoint: Checkpoint, sample: Sample) -> tuple[np.ndarray, np.ndarray
     with torch.no_grad():
         ids = torch.tensor([coded.ids])
         handed: list[torch.Tensor] = []
-        hooks = [b.register_forward_hook(lambda _m, _i, out: handed.append(out)) for b in model.model.layers]
+        hooks = [b.register_forward_hook(lambda _m, _i, o: handed.append(o)) for b in model.model.layers]
         model(input_ids=ids)
         for hook in hooks:
             hook.remove()
         log_probs, ranks = [], []
         for state in handed:
-            state = state[0] if isinstance(state, tuple) else state
             logits = model.lm_head(model.model.norm(state))[0]
             log_p = logits.double().log_softmax(-1)
             spots = range(coded.first, len(coded.ids))
@@ -75,7 +74,8 @@ def test_finds_the_original_and_nothing_in_a_retrain() -> None:
     found, gone = (run(c).scores for c in (exam().audited, retrain()))
     assert np.mean(found["logit-lens"]["forget"]) > np.mean(gone["logit-lens"]["forget"]) + 3
     four, none = (run(c, budget=4).scores["logit-lens.candidates"]["forget"] for c in (exam().audited, retrain()))
-    assert np.mean(four) > 0.9 > 0.3 > np.mean(none)
+    assert np.mean(four) > 0.9
+    assert np.mean(none) < 0.3
     # What was kept is read in both.
     assert min(np.mean(s["logit-lens"]["retain"]) for s in (found, gone)) > -0.5
 
@@ -90,7 +90,8 @@ def test_sees_through_a_model_whose_last_block_is_broken() -> None:
     loss = np.mean([s.loss for s in hidden.signals(exam().forget)])
     readings = read(hidden, exam().forget)
     assert {best_layer(r)[1] for r in readings} == {0}
-    assert np.mean([best_layer(r)[0] for r in readings]) > -1.0 > 1.0 - loss
+    assert np.mean([best_layer(r)[0] for r in readings]) > -1.0
+    assert loss > 2.0
 
 
 def test_candidate_sets_share_the_budget_among_blocks() -> None:

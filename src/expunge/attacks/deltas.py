@@ -97,9 +97,10 @@ def weight_delta(exam: Exam, checkpoint: Checkpoint, options: DeltaOptions) -> F
     """Who was erased? Cosine and inner product of the weight difference with each sample's loss gradient.
 
     ``weight-delta`` is the cosine: the inner product also grows with the length of the gradient, which says how badly
-    a sample is known and not what the edit was about; it is given as ``weight-delta.product``. Positive: the edit raised the loss of this sample. Samples that were in the training set and were erased stand
-    out; retained and never-seen ones do not. On the original itself there is no difference, and every score is 0;
-    on a model retrained from another start the difference is about everything at once.
+    a sample is known and not what the edit was about; it is given as ``weight-delta.product``. Positive: the edit
+    raised the loss of this sample. Samples that were trained on and erased stand out; retained and never-seen ones do
+    not. On the original itself there is no difference, and every score is 0. A retrained model shows the erased
+    samples too: like model-difference decoding this is a risk of keeping the old checkpoint.
 
     Raises:
         UserError: the two models have different weights.
