@@ -46,20 +46,19 @@ def features(signals: Signals) -> dict[str, float]:
     mean = float(log_p_L.mean())
     found = {"loss": mean, "diversity": mean / (len(set(signals.ids_L.tolist())) / length)}
     found |= {f"loss@{cut}": float(log_p_L[:cut].mean()) if length > cut else math.nan for cut in CUTS}
-    found |= {f"above{level:g}": float(np.mean(log_p_L > level)) for level in LEVELS}
-    found["above_mean"] = float(np.mean(log_p_L > mean))
+    for name, level in zip(ABOVE, (*LEVELS, mean), strict=True):
+        found[name] = np.count_nonzero(log_p_L > level) / length
     so_far = np.cumsum(log_p_L)[:-1] / np.arange(1, length)
-    found["above_so_far"] = float(np.mean(log_p_L[1:] > so_far)) if length > 1 else math.nan
+    found["above_so_far"] = np.count_nonzero(log_p_L[1:] > so_far) / (length - 1) if length > 1 else math.nan
     found |= {f"phrases{bins}": -phrases(levels_of(log_p_L, bins)) / length for bins in BINS}
     found["slope"] = slope(log_p_L)
     found["regularity"] = -approximate_entropy(log_p_L)
     return found
 
 
-NAMES = (
-    "loss", "diversity", *(f"loss@{cut}" for cut in CUTS), *(f"above{level:g}" for level in LEVELS), "above_mean",
-    "above_so_far", *(f"phrases{bins}" for bins in BINS), "slope", "regularity",
-)  # fmt: skip
+ABOVE = (*(f"above{level:g}" for level in LEVELS), "above_mean")
+LATER = ("above_so_far", *(f"phrases{bins}" for bins in BINS), "slope", "regularity")
+NAMES = ("loss", "diversity", *(f"loss@{cut}" for cut in CUTS), *ABOVE, *LATER)
 
 
 def levels_of(values_L: Floats, bins: int) -> list[int]:
@@ -67,8 +66,8 @@ def levels_of(values_L: Floats, bins: int) -> list[int]:
     low, high = float(values_L.min()), float(values_L.max())
     if not (math.isfinite(low) and high > low):
         return [0] * len(values_L)
-    parts = np.minimum((values_L - low) / (high - low) * bins, bins - 1)
-    return [int(part) for part in parts]
+    parts: list[int] = np.minimum((values_L - low) / (high - low) * bins, bins - 1).astype(np.int64).tolist()
+    return parts
 
 
 def phrases(symbols: Sequence[int]) -> int:
@@ -77,17 +76,15 @@ def phrases(symbols: Sequence[int]) -> int:
     >>> phrases([0, 0, 1, 0, 0, 1])  # 0 | 01 | 00 | 1
     4
     """
-    seen: dict[tuple[int, int], int] = {}  # phrase = an earlier phrase (0: the empty one) and one more symbol
-    count = at = 0
+    symbols_used = max(symbols, default=0) + 1
+    seen: dict[int, int] = {}  # an earlier phrase (0: the empty one) and one more symbol -> the phrase they make
+    at = 0
     for symbol in symbols:
-        following = seen.get((at, symbol))
-        if following is None:
-            count += 1
-            seen[at, symbol] = count
-            at = 0
-        else:
-            at = following
-    return count + (at != 0)  # what is left at the end counts as one
+        key = at * symbols_used + symbol
+        at = seen.get(key, 0)
+        if not at:
+            seen[key] = len(seen) + 1
+    return len(seen) + (at != 0)  # what is left at the end counts as one
 
 
 def slope(values_L: Floats) -> float:
@@ -106,12 +103,14 @@ def approximate_entropy(values_L: Floats, length: int = ENTROPY_LENGTH, radius: 
     """
     if len(values_L) <= length:
         return math.nan
-    near = np.abs(values_L[:, None] - values_L[None, :]) <= radius
-    runs = near
-    for k in range(1, length):
-        runs = runs[:-1, :-1] & near[k:, k:]
-    longer = runs[:-1, :-1] & near[length:, length:]
-    shorter_phi, longer_phi = (float(np.log(r.mean(1)).mean()) for r in (runs, longer))
+    runs = np.abs(values_L[:, None] - values_L[None, :]) <= radius
+    width = 1
+    while width < length:  # two runs of w values, s <= w apart, are one run of w + s values
+        step = min(width, length - width)
+        runs = runs[:-step, :-step] & runs[step:, step:]
+        width += step
+    longer = runs[:-1, :-1] & runs[1:, 1:]
+    shorter_phi, longer_phi = (float(np.log(np.count_nonzero(r, axis=1) / len(r)).mean()) for r in (runs, longer))
     return shorter_phi - longer_phi
 
 

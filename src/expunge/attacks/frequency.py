@@ -1,6 +1,6 @@
 """DC-PDD: probability against how common a token is anyway (Zhang et al. 2024, arXiv:2409.14781).
 
-Shape suffix: L target tokens of a sample.
+Shape suffixes: L target tokens of a sample, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from expunge.attacks.exam import Checkpoint, Exam
 from expunge.attacks.membership import WORDS, read
@@ -26,6 +28,7 @@ from expunge.signals.cache import fingerprint
 from expunge.signals.record import Signals
 
 CAP = 0.01
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,13 @@ class Frequencies:
         """Tokens counted."""
         return sum(self.counts.values())
 
-    def surprise(self, token: int) -> float:
-        """-log of (count + 1) / (total + vocab), in nats."""
-        return math.log(self.total + self.vocab) - math.log(self.counts.get(token, 0) + 1)
+    @cached_property
+    def surprise_V(self) -> Floats:
+        """-log of (count + 1) / (total + vocab) of each token, in nats."""
+        counts_V = np.zeros(self.vocab)
+        counts_V[list(self.counts.keys())] = list(self.counts.values())
+        found: Floats = math.log(self.total + self.vocab) - np.log(counts_V + 1)
+        return found
 
 
 def dc_pdd_score(signals: Signals, frequencies: Frequencies, cap: float = CAP) -> float:
@@ -51,8 +58,7 @@ def dc_pdd_score(signals: Signals, frequencies: Frequencies, cap: float = CAP) -
         return math.nan
     _, first = np.unique(signals.ids_L, return_index=True)
     p = np.exp(signals.log_prob_L[first].astype(np.float64))
-    surprise = np.array([frequencies.surprise(int(t)) for t in signals.ids_L[first]])
-    return float(np.minimum(p * surprise, cap).mean())
+    return float(np.minimum(p * frequencies.surprise_V[signals.ids_L[first]], cap).mean())
 
 
 def count_tokens(adapter: Adapter, samples: Iterable[Sample]) -> Frequencies:
@@ -87,7 +93,8 @@ def read_frequencies(path: str, adapter: Adapter) -> Frequencies:
 
 
 def _vocab(adapter: Adapter) -> int:
-    return len(getattr(adapter, "tokenizer"))  # noqa: B009 - text and multimodal adapters alone have one
+    tokenizer: Any = getattr(adapter, "tokenizer")  # noqa: B009 - text and multimodal adapters alone have one
+    return int(max(tokenizer.get_vocab().values())) + 1  # not its length: ids may have gaps
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,7 +93,8 @@ def window_score(ours: Signals, theirs: Signals, windows: Sequence[int] = WINDOW
     gain_L = ours.log_prob_L.astype(np.float64) - theirs.log_prob_L
     sums = np.concatenate([[0.0], np.cumsum(gain_L)])
     sizes = [w for w in windows if w <= len(ours)] or [len(ours)]
-    return float(np.mean([np.mean(sums[w:] > sums[:-w]) for w in sizes]))
+    won = [np.count_nonzero(sums[w:] > sums[:-w]) / (len(ours) - w + 1) for w in sizes]
+    return sum(won) / len(won)
 
 
 # -- whom to compare with ------------------------------------------------------------------------------------------

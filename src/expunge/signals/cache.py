@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -38,7 +40,10 @@ class SignalCache:
         try:
             with safe_open(path, framework="numpy") as file:
                 columns = {name: file.get_tensor(name) for name in (*COLUMNS, "lengths", "sizes")}
+                written = (file.metadata() or {}).get("sha256")
         except (OSError, SafetensorError):
+            return None
+        if written != _checksum(columns) or len(columns["lengths"]) != len(samples):
             return None
         ends = np.cumsum(columns["lengths"])
         found = []
@@ -66,10 +71,19 @@ class SignalCache:
         sizes = [(s.text_bytes, s.zlib_bytes, int(s.truncated)) for s in signals]
         columns["sizes"] = np.array(sizes, dtype=np.int64).reshape(-1, 3)
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_bytes(save(columns))
+        part = path.with_suffix(f".{os.getpid()}.part")  # two processes may write the same signals
+        part.write_bytes(save(columns, metadata={"sha256": _checksum(columns)}))
         part.replace(path)
         return path
+
+
+def _checksum(columns: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 of the numbers, so that a flipped bit is noticed."""
+    total = hashlib.sha256()
+    for name in sorted(columns):
+        total.update(f"{name} {columns[name].dtype} {columns[name].shape}\n".encode())
+        total.update(np.ascontiguousarray(columns[name]).tobytes())
+    return total.hexdigest()
 
 
 def fingerprint(adapter: Adapter) -> str:
