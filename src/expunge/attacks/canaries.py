@@ -81,7 +81,8 @@ def exposure_attack(exam: Exam, checkpoint: Checkpoint, options: ExposureOptions
     """Exposure in bits of planted canaries, or of any answer among answers of the same type.
 
     A model that never saw the text gives it any rank, which is about 1.4 bits in the mean and says so in the note.
-    ``exposure.extrapolated`` goes beyond log2 C with a fitted tail. Figures count canaries on their own.
+    ``exposure.extrapolated`` goes beyond log2 C with a tail fitted to 20 candidates or more. Figures
+    count canaries on their own.
     """
     if options.candidates < 1:
         raise UserError(f"{options.candidates} candidates make no line-up: give at least 1.")
@@ -112,7 +113,8 @@ def exposure_attack(exam: Exam, checkpoint: Checkpoint, options: ExposureOptions
             figures[f"exposure.canaries.{role}"] = bootstrap_mean(
                 bits, level=exam.level, resamples=exam.resamples, seed=exam.seed, definition="exposure/1 bits"
             )
-    parts = {"exposure": scores} | ({"exposure.extrapolated": beyond} if options.extrapolate else {})
+    fitted = any(not math.isnan(bits) for values in beyond.values() for bits in values)
+    parts = {"exposure": scores} | ({"exposure.extrapolated": beyond} if fitted else {})
     return Finding(parts, figures, details, (line_up_note(counts, len(exam.forget)),))
 
 

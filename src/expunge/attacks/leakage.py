@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from scipy import stats as scipy_stats
@@ -106,11 +106,12 @@ def leakage(exam: Exam, checkpoint: Checkpoint, options: LeakageOptions) -> Find
     if not 0 < options.threshold <= 1:
         raise UserError(f"leak threshold {options.threshold} is not above 0 and at most 1: give for example 1.")
     adapter = text_adapter(checkpoint.adapter)
+    options = replace(options, max_new_tokens=room_for(adapter, options.max_new_tokens))
     agree = CRITERIA[options.criterion]
     places = chosen(exam, options.limit, "leakage")
     attacked = [exam.forget[i] for i in places]
     drawn = sample_texts(
-        checkpoint.model, adapter, attacked, n=options.n, max_new_tokens=room_for(adapter, options.max_new_tokens),
+        checkpoint.model, adapter, attacked, n=options.n, max_new_tokens=options.max_new_tokens,
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=exam.seed,
     )  # fmt: skip
     rate, best = [math.nan] * len(exam.forget), [math.nan] * len(exam.forget)
@@ -137,7 +138,7 @@ def leakage(exam: Exam, checkpoint: Checkpoint, options: LeakageOptions) -> Find
         f"{sum(k > 0 for k in counts)} of {len(counts)} samples leaked in n={options.n} draws each ({options.sampler}, "
         f"a leak is {options.criterion} of at least {options.threshold:g}); where no draw leaked, the chance of a leak "
         f"per draw is at most {upper_bound(0, options.n, exam.level):.2%} for one sample at {exam.level:.0%} "
-        f"confidence; over all samples together it is at most {joint:.2%}"
+        f"confidence; the largest bound of any sample, leaked ones included, is {joint:.2%} when all hold together"
     )
     return Finding({"leakage": {"forget": rate}, "leakage.best": {"forget": best}}, figures, details, (note,))
 
