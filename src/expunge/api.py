@@ -6,18 +6,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from expunge.bench.audit import AuditOptions, audit_models, failures
 from expunge.bench.evaluate import EvaluateOptions
 from expunge.bench.plan import Entry, StudyOptions, check_study, parse_methods
 from expunge.bench.prepare import Workshop, check_preset, start_model
 from expunge.bench.single import (
     Request,
-    audit_models,
     check_roles,
     check_room,
     say_truncated,
@@ -25,6 +25,7 @@ from expunge.bench.single import (
     unlearn_model,
 )
 from expunge.bench.study import Study
+from expunge.bench.validation import DATA, METHODS, ValidationOptions, validate
 from expunge.data.samples import Dataset, Role
 from expunge.errors import UserError
 from expunge.files import digest_folder
@@ -50,6 +51,7 @@ class Result:
     report: Path | None = None
     results: Mapping[str, Any] = field(default_factory=dict, repr=False)
     plan: Mapping[str, Any] | None = None
+    failures: Sequence[str] = ()
 
     def record(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -214,6 +216,8 @@ def audit(
     *,
     original: Text | None = None,
     references: Sequence[Text] = (),
+    shadows: Sequence[Text] = (),
+    base: Text | None = None,
     forget: Text | None = None,
     retain: Text | None = None,
     holdout: Text | None = None,
@@ -223,6 +227,11 @@ def audit(
     data_options: Mapping[str, Any] | None = None,
     delete: Sequence[str] = (),
     suite: str = "standard",
+    attacks: str = "",
+    level: float = 0.05,
+    fdr: float = 0.05,
+    fail_on: Sequence[str] = (),
+    llm: Callable[[str], str] | None = None,
     device: str = "auto",
     dtype: str = "fp32",
     template: str = "auto",
@@ -231,7 +240,10 @@ def audit(
     quiet: bool = True,
     dry_run: bool = False,
 ) -> Result:
-    """Measure ``model`` against its original and retrained references; see ``expunge audit --help``.
+    """Measure and attack ``model`` beside its original, references and shadows; see ``expunge audit --help``.
+
+    ``llm`` is a callable prompt -> text for attacks that translate or paraphrase. Which of ``fail_on`` came true
+    stands in ``Result.failures``.
 
     Raises:
         UserError: see :func:`unlearn`.
@@ -251,30 +263,32 @@ def audit(
         context=context,
         seed=seed,
     )
-    options = StudyOptions(evaluate=EvaluateOptions(suite=suite))
-    options.evaluate.resolved()
+    options = AuditOptions(
+        model=str(model),
+        original=None if original is None else str(original),
+        references=[str(r) for r in references],
+        shadows=[str(s) for s in shadows],
+        base=None if base is None else str(base),
+        suite=suite,
+        attacks=attacks,
+        level=level,
+        fdr=fdr,
+        fail_on=tuple(fail_on),
+        llm=llm,
+    )
     dataset = request.dataset()
     estimate = check_room(str(model), Path(out), request, train=True, copies=1)
-    check_models(original, *references)
-    folders = [str(r) for r in references]
-    first = None if original is None else str(original)
-    config = {"model": str(model), "original": first, "references": folders, "suite": suite, **request.config()}
+    check_models(original, base, *references, *shadows)
+    config = {**options.config(), **request.config()}
     if dry_run:
-        return Result(Path(out), plan={"config": config, "estimate": estimate})
-    models = {"model": model, "original": original, **numbered(folders)}
+        cost = f"{estimate}; {options.plan(None).estimate(options.num_models)}"
+        return Result(Path(out), plan={"config": config, "estimate": cost})
+    models = {"model": model, "original": original, "base": base, **numbered(options.references)}
+    models |= {f"shadow-{i}": folder for i, folder in enumerate(options.shadows)}
     with open_run(out, "audit", config, dataset, models, [seed]) as run:
         if not run.done:
-            audit_models(
-                run,
-                request,
-                dataset,
-                options,
-                model=str(model),
-                original=first,
-                references=folders,
-                progress=shown(quiet, run),
-            )
-        return finished(run)
+            audit_models(run, request, dataset, options, progress=shown(quiet, run))
+        return replace(finished(run), failures=failures(run.read_json("audit.json"), fail_on))
 
 
 def train(
@@ -365,6 +379,8 @@ def bench(
     size_impact: Sequence[int] = (),
     blind: bool = False,
     keep_models: bool = False,
+    validate_metrics: bool = False,
+    population: int | None = None,
     suite: str = "standard",
     base_epochs: float = 24.0,
     epochs: float | None = None,
@@ -384,6 +400,11 @@ def bench(
     Raises:
         UserError: see :func:`unlearn`.
     """
+    if validate_metrics:
+        methods = METHODS if methods == "all" else methods
+        init = "tiny" if model is None and init is None else init
+        if data is None and forget is None:
+            data, data_options = "people", {**DATA, **(data_options or {})}
     either(model, init)
     request = Request(
         data=data,
@@ -418,6 +439,8 @@ def bench(
     options.evaluate.resolved()
     dataset = request.dataset()
     check_study(dataset, options)
+    trial = ValidationOptions(suite=suite, models=population, references=references, methods=entries)
+    trial.check()
     check_preset(init)
     estimate = "small new models"
     if model is not None:
@@ -426,6 +449,9 @@ def bench(
     config = {"model": start, "init": init, "methods": [e.label for e in entries], **asdict(options)}
     config |= request.config()
     plan = f"{len(entries) * seeds} unlearning runs from {seeds} originals against {references} references; {estimate}"
+    if validate_metrics:
+        config |= {"validate_metrics": True, "population": trial.size}
+        plan = f"{trial.plan}; {estimate}"
     if dry_run:
         return Result(Path(out), plan={"config": config, "estimate": plan})
     with open_run(out, command, config, dataset, {"model": model}, range(seeds)) as run:
@@ -437,9 +463,14 @@ def bench(
                 models, dataset, options, model=start, init=init, load=request.training, seed=seed, progress=progress
             )
             shop = Workshop(models, base, options, progress)
-            Study(run, shop, dataset, entries, options, progress).complete()
+            if validate_metrics:
+                validate(run, shop, dataset, trial, progress)
+            else:
+                Study(run, shop, dataset, entries, options, progress).complete()
             say_truncated(run, shop.adapter, progress)
             run.finish(flops=shop.adapter.meter.flops)
+        if validate_metrics:
+            return Result(run.folder, None, run.folder / "results.md", run.read_json("results.json"))
         return finished(run)
 
 

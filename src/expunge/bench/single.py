@@ -17,6 +17,7 @@ from expunge.bench.cost import Cost, measure
 from expunge.bench.evaluate import Evaluation, References, evaluate
 from expunge.bench.plan import Entry, StudyOptions
 from expunge.bench.prepare import Workshop, initialised
+from expunge.bench.provenance import TRAINED_ON, trained_on
 from expunge.bench.study import Study, anchor
 from expunge.data.deletion import by_wishes
 from expunge.data.files import load_files, read_samples
@@ -163,6 +164,7 @@ def train_model(
     loaded.model = request.served(loaded.model)
     folder = save_model(loaded, run.folder / "model")
     figures = {"first_loss": log.steps[0]["nll"], "last_loss": log.last("nll"), "steps": len(log.steps)}
+    run.write_json(TRAINED_ON, trained_on(samples))
     run.write_json("results.json", {"schema": TRAINING, **figures, "cost": cost.record(), "roles": roles})
     outputs = {"model": digest_folder(folder)}
     run.finish(flops=cost.flops, parameters_changed=cost.parameters_changed, figures=figures, outputs=outputs)
@@ -200,7 +202,7 @@ def unlearn_model(
     if measured:
         compared = measured_references(study, request, references)
         before = load_model(model, **request.loading).model if request.half else loaded.model
-        original = _row(study, "main/original/0", anchor("original", 0), before, compared, "self")
+        original = measure_row(study, "main/original/0", anchor("original", 0), before, compared, "self")
         del before
     folder, made = run.folder / "model", "work/unlearned.json"
     if (run.folder / made).exists():
@@ -227,7 +229,7 @@ def unlearn_model(
         }
         run.write_json(made, common)
     if measured:
-        _row(study, f"main/{entry.label}/0", common, model_after, compared, original)
+        measure_row(study, f"main/{entry.label}/0", common, model_after, compared, original)
         results.write(run, shop, dataset, blind, [request.seed], f"{entry.label} on {model}")
     say_truncated(run, shop.adapter, progress)
     run.finish(
@@ -239,38 +241,6 @@ def unlearn_model(
     )
     shutil.rmtree(run.folder / "work", ignore_errors=True)
     return folder
-
-
-def audit_models(
-    run: Run,
-    request: Request,
-    dataset: Dataset,
-    options: StudyOptions,
-    *,
-    model: str,
-    original: str | None = None,
-    references: Sequence[str] = (),
-    progress: Progress | None = None,
-) -> None:
-    """Measure a model against its original and retrained references, without training anything."""
-    progress = progress or Progress(event=run.event)
-    loaded = load_model(model, **request.loading)
-    shop = Workshop(run.folder / "work", loaded, options, progress)
-    # Nothing calibrates on the holdout here: all of it is measured.
-    none = dataclasses.replace(options, calibration=0.0, references=len(references), seeds=1)
-    study = Study(run, shop, dataset, [], none, progress)
-    compared = measured_references(study, request, references)
-    before: Evaluation | None = None
-    if original is not None:
-        first = load_model(original, **request.loading).model
-        before = _row(study, "main/original/0", anchor("original", 0), first, compared, "self")
-        del first
-    content = {**anchor("audited", 0), "kind": "method", "notes": [f"model: {model}"]}
-    _row(study, "main/audited/0", content, loaded.model, compared, before)
-    results.write(run, shop, dataset, none, [request.seed], f"Audit of {model}")
-    say_truncated(run, shop.adapter, progress)
-    run.finish(flops=shop.adapter.meter.flops)
-    shutil.rmtree(run.folder / "work", ignore_errors=True)
 
 
 def retraining_cost(folders: Sequence[str]) -> Cost | None:
@@ -311,7 +281,7 @@ def measured_references(study: Study, request: Request, folders: Sequence[str]) 
     return found
 
 
-def _row(
+def measure_row(
     study: Study,
     key: str,
     content: dict[str, Any],
@@ -319,6 +289,7 @@ def _row(
     references: References | None,
     original: Any,
 ) -> Evaluation:
+    """Evaluate a model and write its row."""
     study.progress.say(f"measuring {key.split('/')[1]}")
     found = evaluate(
         model,

@@ -66,3 +66,19 @@ def tell(result: Result, as_json: bool, more: Sequence[str] = ()) -> None:
     if result.model is not None:
         lines.append(f"Model:  {result.model}")
     emit(result.record(), "\n".join(lines), as_json)
+
+
+def audit_lines(result: Result) -> list[str]:
+    """The vector of an audit, one line per axis, and what --fail-on found."""
+    import json
+
+    if result.plan is not None:
+        return []
+    content = json.loads((result.folder / "audit.json").read_text(encoding="utf-8"))
+    lines = [f"{t['axis']:<14} {t['verdict']:<10} {t['sentence']}" for t in content["vector"]]
+    counts = (content["completeness"] or {}).get("counts")
+    if counts:
+        lines.append("completeness   " + ", ".join(f"{n} {name}" for name, n in counts.items()))
+    if result.failures:
+        lines.append(f"--fail-on: {', '.join(result.failures)}")
+    return [*lines, ""]

@@ -1,0 +1,292 @@
+"""From what the attacks found to statements: audited model against references, two-sided, corrected for all tests.
+
+Shape suffixes: N samples, M holdout samples, R references.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats as scipy_stats
+
+from expunge.attacks.registry import Access, Family, Tier
+from expunge.data.samples import Role
+from expunge.stats import Estimate, auc, auc_estimate, bootstrap_auc, bootstrap_mean, percentile_interval, tpr_at_fpr
+
+Floats = NDArray[np.float64]
+Axis = Literal["effectiveness", "privacy", "robustness", "utility"]
+AXES: tuple[Axis, ...] = ("effectiveness", "privacy", "robustness", "utility")
+AXIS_OF: dict[str, Axis] = {
+    "extraction": "effectiveness",
+    "membership": "privacy",
+    "recovery": "robustness",
+    "kept": "utility",
+}
+RATES = (0.001, 0.01, 0.1)
+MARGINS = {"auc": 0.05, "kept": 0.02}  # differences below these are not held against a model, however certain
+LEFT, LESS, LIKE, NO_REFERENCE = "more is left", "less than the reference", "like the reference", "no reference"
+NOT_SHOWN = "not shown"
+
+Values = Mapping[Role, Sequence[float]]  # of one score under one model
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One score of one attack under every model. ``references``: under each of the retrained models."""
+
+    attack: str
+    score: str
+    family: Family | Literal["kept"]
+    tier: Tier
+    access: Access
+    models: Mapping[str, Values]  # by checkpoint
+    audited: str
+    references: Sequence[str]
+
+    @property
+    def ranks(self) -> bool:
+        """Whether the question is how well forget is told from holdout."""
+        return self.family == "membership" and all("holdout" in v for v in self.models.values())
+
+
+@dataclass
+class Judged:
+    """One row of the audit's table of scores."""
+
+    panel: Panel
+    models: dict[str, Estimate]
+    gap: Estimate
+    p: float = math.nan
+    p_adjusted: float = math.nan
+    verdict: str = NO_REFERENCE
+    tpr: dict[str, Estimate] = field(default_factory=dict)
+
+    @property
+    def axis(self) -> Axis:
+        return AXIS_OF[self.panel.family]
+
+    @property
+    def differs(self) -> bool:
+        """More is left than in the references; for membership and extraction also when less is."""
+        if self.axis == "robustness":
+            return self.verdict == LEFT
+        if self.axis == "utility":
+            return self.verdict == LESS
+        return self.verdict in (LEFT, LESS)
+
+    def record(self) -> dict[str, Any]:
+        own = self.panel
+        number = {n: None if math.isnan(x) else x for n, x in (("p", self.p), ("p_adjusted", self.p_adjusted))}
+        return {
+            "attack": own.attack,
+            "score": own.score,
+            "family": own.family,
+            "tier": own.tier,
+            "access": own.access,
+            "axis": self.axis,
+            "statistic": "auc" if own.ranks else "mean",
+            "models": {name: found.record() for name, found in self.models.items()},
+            "gap": self.gap.record(),
+            **number,
+            "verdict": self.verdict,
+            **({"tpr": {rate: found.record() for rate, found in self.tpr.items()}} if self.tpr else {}),
+        }
+
+
+def judge(
+    panel: Panel, subjects: Mapping[Role, Sequence[str]], *, level: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> Judged:
+    """Values, intervals and the difference from the references' mean, subjects as the unit of resampling.
+
+    The standard error of the difference has two parts: the spread over subjects, and, from two references on, that
+    between references, since the audited model is one more training. With one reference the latter is not known.
+    The p-value is Student's, with the degrees of freedom of both parts.
+    """
+    name = f"{panel.score}-{'auc' if panel.ranks else 'mean'}/1"
+    if panel.ranks:
+        return _ranked(panel, subjects, name, level, resamples, seed)
+    role: Role = next(iter(panel.models[panel.audited]))
+    values = {m: np.asarray(v[role], dtype=np.float64) for m, v in panel.models.items()}
+    groups = list(subjects[role])
+    models = {
+        m: bootstrap_mean(v, groups, level=level, resamples=resamples, seed=seed, definition=name)
+        for m, v in values.items()
+    }
+    if not panel.references:
+        return Judged(panel, models, Estimate(math.nan, definition=name))
+    theirs_RN = np.stack([values[r] for r in panel.references])
+    apart_N = values[panel.audited] - theirs_RN.mean(axis=0)
+    kept = np.isfinite(apart_N)
+    if not kept.any():
+        return Judged(panel, models, Estimate(math.nan, definition=name), verdict=NOT_SHOWN)
+    apart_G = _by_group(apart_N[kept], [g for g, keep in zip(groups, kept, strict=True) if keep])
+    gap = float(apart_N[kept].mean())
+    spread = float(apart_G.std(ddof=1) / math.sqrt(len(apart_G))) if len(apart_G) > 1 else math.nan
+    between = theirs_RN[:, kept].mean(axis=1)
+    return _tested(panel, models, gap, spread, len(apart_G) - 1, between, int(kept.sum()), name, level)
+
+
+def _ranked(
+    panel: Panel, subjects: Mapping[Role, Sequence[str]], name: str, level: float, resamples: int, seed: int
+) -> Judged:
+    order = list(panel.models)
+    roles: tuple[Role, Role] = ("forget", "holdout")
+    tables = [np.array([panel.models[m][role] for m in order], dtype=np.float64) for role in roles]
+    # Models are compared on the same samples: what is missing under one is left out for all.
+    kept = [np.flatnonzero(np.isfinite(table).all(axis=0)) for table in tables]
+    if not all(len(k) for k in kept):
+        return Judged(panel, {}, Estimate(math.nan, definition=name), verdict=NOT_SHOWN)
+    both = [[subjects[role][i] for i in places.tolist()] for role, places in zip(roles, kept, strict=True)]
+    pairs = [(tables[0][i, kept[0]], tables[1][i, kept[1]]) for i in range(len(order))]
+    models = {m: auc_estimate(*pair, *both, level=level, definition=name) for m, pair in zip(order, pairs, strict=True)}
+    own = order.index(panel.audited)
+    tpr = {
+        f"{rate:g}": tpr_at_fpr(*pairs[own], rate, *both, level=level, seed=seed, definition=f"{name}-tpr@{rate:g}")
+        for rate in RATES
+    }
+    if not panel.references:
+        return Judged(panel, models, Estimate(math.nan, definition=name), tpr=tpr)
+    theirs = [order.index(r) for r in panel.references]
+    draws = bootstrap_auc(pairs, *both, resamples=resamples, seed=seed)
+    gap_draws = draws[own] - draws[theirs].mean(axis=0)
+    between = np.array([auc(*pairs[i]) for i in theirs])
+    gap = auc(*pairs[own]) - float(between.mean())
+    few = min(len(set(side)) for side in both)
+    found = _tested(
+        panel,
+        models,
+        gap,
+        float(gap_draws.std(ddof=1)) if few > 1 else math.nan,
+        sum(len(set(side)) for side in both) - 2,
+        between,
+        sum(len(side) for side in both),
+        name,
+        level,
+    )
+    found.tpr = tpr
+    if len(panel.references) == 1 and few > 1:
+        low, high = percentile_interval(gap_draws, level)
+        found.gap = Estimate(gap, low, high, found.gap.n, found.gap.definition, found.gap.note)
+    return found
+
+
+def _tested(
+    panel: Panel,
+    models: dict[str, Estimate],
+    gap: float,
+    spread: float,
+    degrees: int,
+    between_R: Floats,
+    count: int,
+    name: str,
+    level: float,
+) -> Judged:
+    num = len(between_R)
+    variance = spread**2
+    note = "one reference: the spread between retrained models is not known"
+    if num > 1:
+        variance += float(between_R.var(ddof=1)) * (1 + 1 / num)
+        degrees += num - 1
+        note = ""
+    if not math.isfinite(variance) or degrees < 1:
+        reason = "one subject: nothing is known of the spread over subjects"
+        return Judged(panel, models, Estimate(gap, n=count, definition=name, note=reason), verdict=NOT_SHOWN)
+    error = math.sqrt(variance)
+    half = float(scipy_stats.t.ppf((1 + level) / 2, degrees)) * error
+    p = float(gap == 0) if error == 0 else float(2 * scipy_stats.t.sf(abs(gap) / error, degrees))
+    return Judged(panel, models, Estimate(gap, gap - half, gap + half, count, name, note), p)
+
+
+def _by_group(values: Floats, groups: Sequence[str]) -> Floats:
+    names = list(dict.fromkeys(groups))
+    labels = np.array(groups)
+    return np.array([values[labels == g].mean() for g in names])
+
+
+def holm(p_values: Sequence[float]) -> Floats:
+    """Adjusted p-values of Holm's step-down rule (1979), which controls the chance of a single wrong rejection.
+
+    nan stays nan and does not count as a test.
+    """
+    given = np.asarray(p_values, dtype=np.float64)
+    out = np.full(len(given), np.nan)
+    places = np.flatnonzero(np.isfinite(given))
+    order = places[np.argsort(given[places], kind="stable")]
+    highest = 0.0
+    for step, place in enumerate(order):
+        highest = max(highest, min(1.0, float(given[place]) * (len(order) - step)))
+        out[place] = highest
+    return out
+
+
+def settle(rows: Sequence[Judged], level: float = 0.95) -> None:
+    """Adjust the p-values of all rows together and fill in the verdicts."""
+    for row, p in zip(rows, holm([r.p for r in rows]), strict=True):
+        row.p_adjusted = float(p)
+        if math.isnan(p):
+            continue
+        margin = MARGINS["auc"] if row.panel.ranks else MARGINS.get(row.panel.family, 0.0)
+        sure = p <= 1 - level and abs(row.gap.value) > margin
+        row.verdict = LIKE if not sure else LEFT if row.gap.value > 0 else LESS
+
+
+def worst(rows: Sequence[Judged]) -> Judged | None:
+    """The row that speaks most against the model: one that differs if there is any, by its p-value, then its size."""
+    tested = [r for r in rows if math.isfinite(r.p)]
+    if not tested:
+        return None
+
+    def key(row: Judged) -> tuple[bool, float, float]:
+        half = (row.gap.high - row.gap.low) / 2
+        size = abs(row.gap.value) / half if half > 0 else math.inf * (abs(row.gap.value) > 0)
+        return not row.differs, row.p_adjusted, -size if math.isfinite(size) else -math.inf
+
+    return min(tested, key=key)
+
+
+def tile(axis: Axis, rows: Sequence[Judged], completeness: Mapping[str, Any] | None) -> dict[str, Any]:
+    """One component of the audit's vector: verdict, the row that decides it, and a sentence."""
+    own = [r for r in rows if r.axis == axis]
+    found = worst(own)
+    tests = sum(math.isfinite(r.p) for r in own)
+    against = [r for r in own if r.differs]
+    counts = completeness["counts"] if completeness is not None and axis == "effectiveness" else {}
+    under, over = counts.get("under-unlearned", 0), counts.get("over-unlearned", 0)
+    judged = completeness["auditable"] if counts and completeness is not None else 0
+    parts = []
+    if judged:
+        parts.append(f"of {judged} auditable samples {under} are under-unlearned and {over} over-unlearned")
+    if against and found is not None:
+        parts.append(_sentence(found, len(against), tests))
+    elif tests:
+        parts.append(f"none of {tests} scores differs from the references after correction for all tests")
+    if against or under or over:
+        verdict = "failed"
+    elif tests or judged:
+        verdict = "passed"
+    else:
+        verdict = NOT_SHOWN
+        parts.append("no retrained model to compare with" if own else "nothing was measured")
+    text = "; ".join(parts)
+    return {
+        "axis": axis,
+        "verdict": verdict,
+        "sentence": f"{text[:1].upper()}{text[1:]}.",
+        "worst": found.record() if found is not None else None,
+        "tests": tests,
+    }
+
+
+def _sentence(row: Judged, count: int, tests: int) -> str:
+    own = row.models[row.panel.audited].value
+    theirs = own - row.gap.value
+    what = "AUC" if row.panel.ranks else "mean"
+    return (
+        f"{count} of {tests} scores differ from the references, most clearly {row.panel.score} "
+        f"({what} {own:.3g} against {theirs:.3g}: {row.verdict})"
+    )
