@@ -21,7 +21,7 @@ import report_synthetic
 from test_report_page import EVIL, Page
 
 from expunge.errors import UserError
-from expunge.report import write_report
+from expunge.report import AUDIT_SCHEMA, audit_schema, write_report
 from expunge.report.audit_charts import AUDIT_CHARTS, bins_of, uniform_band
 from expunge.report.audit_schema import Audit, Drill, load_audit, load_drill
 from expunge.report.audit_view import AuditReport, plural
@@ -150,11 +150,11 @@ def _hostile() -> tuple[dict[str, Any], list[dict[str, Any]]]:
     for entry in content["vector"]:
         entry["sentence"] = EVIL
     for row in content["scores"]:
-        row |= dict.fromkeys(("attack", "score", "family", "tier", "access", "axis", "verdict"), EVIL)
+        row.update(dict.fromkeys(("attack", "score", "family", "tier", "access", "axis", "verdict"), EVIL))
         row["models"][EVIL] = row["models"].pop("original")
         row["tpr"] = {EVIL: synthetic.estimate(0.3)}
     for line in lines:
-        line |= dict.fromkeys(("subject", "prompt", "target", "verdict"), EVIL)
+        line.update(dict.fromkeys(("subject", "prompt", "target", "verdict"), EVIL))
         line["id"] += EVIL
         line["answers"] = {EVIL: EVIL, "audited": EVIL}
         line["losses"] = {EVIL: 1.0, "audited": 2.0}
@@ -282,6 +282,15 @@ def test_damaged_lines_are_counted_and_missing_fields_taken(tmp_path: Path) -> N
     assert "3 line(s) could not be read" in "".join(page.text)
     data = json.loads(page.scripts[0])
     assert [s["id"] for s in data["samples"]] == ["a", "b"] and data["samples"][1]["p_under"] is None
+
+
+def test_the_published_schemas_accept_what_an_audit_writes() -> None:
+    schemas = audit_schema()
+    for name, content in (("audit.json", synthetic.audit()), ("drill.jsonl", synthetic.drill()[0])):
+        schema = schemas[name]
+        assert set(content) == set(schema["properties"]), name
+        assert set(schema.get("required", [])) <= set(content)
+    assert schemas["audit.json"]["properties"]["schema"]["const"] == AUDIT_SCHEMA
 
 
 def test_a_large_audit_keeps_the_worst(tmp_path: Path) -> None:

@@ -224,6 +224,18 @@ def test_damaged_lines_are_counted(tmp_path: Path) -> None:
     assert "1 line(s) could not be read" in write_report(tmp_path).read_text(encoding="utf-8")
 
 
+def test_verdicts_of_earlier_versions_are_counted_under_their_present_names(tmp_path: Path) -> None:
+    words = {"under-unlearned": "still-remembered", "adequate": "like-retrained", "over-unlearned": "over-forgotten"}
+    lines = synthetic.samples(synthetic.small())
+    pages = []
+    for name, given in (
+        ("now", lines),
+        ("then", [{**x, "verdict": words.get(x["verdict"], x["verdict"])} for x in lines]),
+    ):
+        pages.append(write_report(synthetic.write_run(tmp_path / name, synthetic.small(), given)).read_bytes())
+    assert pages[0] == pages[1]
+
+
 def _markdown_table(text: str, title: str) -> dict[str, dict[str, str]]:
     lines = text.split(f"### {title}\n")[1].strip().splitlines()
     lines = lines[: next((i for i, line in enumerate(lines) if not line.startswith("|")), len(lines))]

@@ -87,11 +87,12 @@
   }
 
   function answers(sample) {
-    const names = [...kinds.keys()].filter((name) => sample.answers[name] !== undefined);
+    const names = Object.keys(sample.answers);
     const order = ["original", "audited", "reference", "shadow", "base"];
-    names.sort((a, b) => order.indexOf(kinds.get(a)) - order.indexOf(kinds.get(b)));
+    const place = (name) => (order.includes(kinds.get(name)) ? order.indexOf(kinds.get(name)) : order.length);
+    names.sort((a, b) => place(a) - place(b));
     const boxes = names.map((name) => {
-      const kind = kinds.get(name);
+      const kind = kinds.get(name) || name;
       const head = el("h5", { textContent: name === kind ? kind : kind + ": " + name });
       return el("div", { className: kind === "audited" ? "audited" : "" }, [head, answer(sample.answers[name], sample)]);
     });

@@ -205,6 +205,15 @@ class DrillRecord:
         return Counter(point.verdict or "not judged" for point in self.points)
 
 
+def audit_schema() -> dict[str, Any]:
+    """JSON schemas (draft 2020-12) of ``audit.json`` and of a line of ``drill.jsonl``, by file name."""
+    draft = "https://json-schema.org/draft/2020-12/schema"
+    return {
+        AUDIT_FILE: {"$schema": draft, "$id": AUDIT_SCHEMA, **Audit.model_json_schema(by_alias=True)},
+        DRILL_FILE: {"$schema": draft, "$id": "expunge.drill/1", **Drill.model_json_schema(by_alias=True)},
+    }
+
+
 def load_audit(folder: Path) -> Audit | None:
     """``audit.json`` of a run folder; None when there is none.
 

@@ -12,6 +12,8 @@ from typing import Any, TypeGuard
 
 TEXT_FIELDS = ("model", "method", "seed", "id", "subject", "role", "prompt", "target", "generated", "verdict")
 VERDICTS = ("under-unlearned", "adequate", "over-unlearned", "not-auditable")
+# Runs of earlier versions say the same in other words
+EARLIER = {"still-remembered": VERDICTS[0], "like-retrained": VERDICTS[1], "over-forgotten": VERDICTS[2]}
 EMBED_LIMIT = 20_000  # rows in the page: about 4 MB; every row stays in samples.jsonl
 TEXT_LIMIT = 4_000  # characters of one text in the page
 _FIRST_NUMBERS = ("loss", "original_loss", "reference_loss", "prob", "tv")
@@ -47,6 +49,9 @@ def load_samples(folder: Path) -> SampleRecord:
             except json.JSONDecodeError:
                 row = None
             if isinstance(row, dict) and "id" in row:
+                verdict = row.get("verdict")
+                if isinstance(verdict, str):
+                    row["verdict"] = EARLIER.get(verdict, verdict)
                 record.rows.append(row)
             else:
                 record.damaged += 1
