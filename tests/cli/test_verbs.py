@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from expunge.attacks.registry import all_attacks
 from expunge.cli.catalogue import KINDS, catalogue
 from expunge.cli.main import run
 from expunge.data.registry import all_datasets
@@ -32,12 +33,25 @@ def test_ls_names_everything_with_a_summary(kind: str, capsys: Captured) -> None
 
 
 def test_ls_agrees_with_the_registries(capsys: Captured) -> None:
-    for kind, registry in (("methods", all_methods()), ("datasets", all_datasets())):
+    for kind, registry in (("methods", all_methods()), ("datasets", all_datasets()), ("attacks", all_attacks())):
         run(["ls", kind, "--json"])
         assert [item["name"] for item in json.loads(capsys.readouterr().out)["items"]] == list(registry)
-    assert {"relearning", "quantization", "membership"} <= catalogue("attacks").keys()
-    assert not catalogue("attacks").keys() & catalogue("metrics").keys()
-    assert "copies" not in catalogue("attacks")
+    attacks = catalogue("attacks")
+    assert {"loss", "min_k++", "wbc", "dataset_inference", "blind"} <= attacks.keys()
+    assert not attacks.keys() & catalogue("metrics").keys()
+    assert not {"copies", "exam", "registry"} & attacks.keys()  # rooms, not attacks
+
+
+def test_show_tells_what_an_attack_costs_and_sees(capsys: Captured) -> None:
+    assert run(["show", "attacks/min_k", "--json"]) == 0
+    (item,) = json.loads(capsys.readouterr().out)["items"]
+    attack = all_attacks()["min_k"]
+    assert (
+        item["properties"] | {"family": "membership", "tier": "quick", "access": "log-probabilities"}
+        == (item["properties"])
+    )
+    assert item["formula"] == attack.formula and item["source"] == attack.paper
+    assert [option["name"] for option in item["options"]] == ["percent"]
 
 
 def test_show_tells_properties_options_and_source(capsys: Captured) -> None:
