@@ -440,7 +440,6 @@ def bench(
     dataset = request.dataset()
     check_study(dataset, options)
     trial = ValidationOptions(suite=suite, models=population, references=references, methods=entries)
-    trial.check()
     check_preset(init)
     estimate = "small new models"
     if model is not None:
@@ -450,6 +449,7 @@ def bench(
     config |= request.config()
     plan = f"{len(entries) * seeds} unlearning runs from {seeds} originals against {references} references; {estimate}"
     if validate_metrics:
+        trial.check()
         config |= {"validate_metrics": True, "population": trial.size}
         plan = f"{trial.plan}; {estimate}"
     if dry_run:

@@ -44,7 +44,7 @@ def crowd() -> tuple[Exam, Checkpoint]:
     made = []
     for seed, samples in enumerate((data.private, data["retain"])):
         model = tiny_model(seed, width=48)
-        options = TrainOptions(epochs=45, batch_size=12, learning_rate=1e-2)
+        options = TrainOptions(epochs=60, batch_size=12, learning_rate=1e-2)
         fit(model, attack_cases.adapter(), list(samples), options, seed=seed)
         made.append(Checkpoint.of(model.eval(), attack_cases.adapter()))
     exam = Exam(

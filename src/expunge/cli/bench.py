@@ -61,6 +61,12 @@ def command(
     ] = None,
     blind: Annotated[bool, typer.Option("--blind", help="Do not give the base to the methods.")] = False,
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the unlearned models.")] = False,
+    validate_metrics: Annotated[
+        bool, typer.Option("--validate-metrics", help="Test the measures instead: how far can each be trusted?")
+    ] = False,
+    population: Annotated[
+        int | None, typer.Option("--population", min=2, help="Models with and without the knowledge, each.")
+    ] = None,
     suite: Annotated[str, typer.Option("--suite", help="What to measure: quick, standard or full.")] = "standard",
     base_epochs: Annotated[float, typer.Option("--base-epochs", help="Passes that make the base of --init.")] = 24.0,
     epochs: Epochs = None,
@@ -80,9 +86,14 @@ def command(
     --epochs, --learning-rate and --batch-size. Original, references, identity and a random edit are always among
     the rows. Running the same command again goes on where it stopped.
 
+    --validate-metrics trains --population models with the knowledge and as many without, and says of every metric,
+    of every attack of the suite and of completeness how well it tells the two apart (faithfulness) and whether
+    relearning or quantization shows that it was wrong (robustness). Without --data it uses people and --init tiny.
+
     Examples:
       expunge bench --data people --init tiny --methods all --seeds 3 --out runs/people
       expunge bench --data tofu --data-dir ./tofu --model ./my-base --methods cluster,npo --seeds 2 --out runs/tofu
+      expunge bench --validate-metrics --suite quick --out runs/trust
       expunge bench --data people --init tiny --methods cluster,graddiff --sequential 3 --size-impact 10,40 --out runs/s
     """
     from expunge.api import bench
@@ -107,6 +118,8 @@ def command(
         size_impact=numbers(size_impact),
         blind=blind,
         keep_models=keep_models,
+        validate_metrics=validate_metrics,
+        population=population,
         suite=suite,
         base_epochs=base_epochs,
         epochs=epochs,
@@ -119,7 +132,12 @@ def command(
         quiet=quiet,
         dry_run=dry_run,
     )
-    tell(result, json)
+    more: list[str] = []
+    if validate_metrics and result.plan is None:
+        from expunge.bench.validation import headline
+
+        more = [headline(result.results["rows"])]
+    tell(result, json, more)
 
 
 def numbers(text: str | None) -> list[int]:
