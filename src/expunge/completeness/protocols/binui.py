@@ -11,15 +11,27 @@ from dataclasses import replace
 
 import numpy as np
 
-from expunge.completeness.protocols.scores import ROWS, SCORING_ROWS, Case, Row, scores_of
+from expunge.completeness.protocols.scores import ROWS, SCORING_ROWS, Case, Row, losses, scores_of
 from expunge.completeness.protocols.store import start_at
 from expunge.completeness.protocols.tables import BINARY, Cell, Outcome, lines
 from expunge.completeness.protocols.world import ARCHS, Group, Halves, Target, World
 from expunge.completeness.readings import Form
+from expunge.data.chance import shuffled
 from expunge.data.samples import Sample, subjects
 from expunge.errors import UserError
 
-SHORT = ("IAM-On", "IAM-Off", "IAM-frozen", "LiRA-Off", "RMIA-Off", "EMIA-R", "loss", "loss-difference", "gap-ratio")
+SHORT = (
+    "Expunge",
+    "IAM-On",
+    "IAM-Off",
+    "IAM-frozen",
+    "LiRA-Off",
+    "RMIA-Off",
+    "EMIA-R",
+    "loss",
+    "loss-difference",
+    "gap-ratio",
+)
 
 
 def form_of(world: World) -> Form:
@@ -55,8 +67,6 @@ def short(rows: Sequence[Row] = ROWS) -> list[Row]:
 
 def describe(outcome: Outcome, world: World, targets: Sequence[Target]) -> None:
     """What the targets are like: how much an original knows that a retrained model does not."""
-    from expunge.completeness.protocols.scores import losses
-
     for target in targets:
         gone = [s for s, truth in zip(target.samples, target.truth_N, strict=True) if truth == 0]
         models = {"original": target.original, "retrained": target.unlearned}
@@ -69,9 +79,16 @@ def describe(outcome: Outcome, world: World, targets: Sequence[Target]) -> None:
 
 def binui(world: World) -> Outcome:
     """Which samples did an exactly retrained model forget? Every score against the truth."""
-    outcome, targets = Outcome(), world.targets()
-    measure(outcome, world, "retrained", targets, world.groups(), halves=world.halves())
+    outcome, targets, groups = Outcome(), world.targets(), world.groups()
+    measure(outcome, world, "retrained", targets, groups, halves=world.halves())
     describe(outcome, world, targets)
+    for target in targets:
+        found = [Case(target, group, form=form_of(world)).answer.called() for group in groups]
+        rates = {
+            "forgotten": float(np.nanmean([called_N[target.truth_N == 0] for called_N in found])),
+            "retained": float(np.nanmean([called_N[target.truth_N == 1] for called_N in found])),
+        }
+        outcome.facts[f"{target.name}: share of its auditable samples with p <= 0.05"] = rates
     return outcome
 
 
@@ -131,8 +148,6 @@ def incremental(world: World) -> Outcome:
 
 def _late(world: World, number: int, gone: set[str]) -> set[str]:
     """The samples that come later: those to forget, and as many subjects again of the others, at least half of all."""
-    from expunge.data.chance import shuffled
-
     order = [s.subject for s in world.private if s.id in gone]
     others = shuffled([s for s in subjects(world.private) if s not in set(order)], "late", world.seed, number)
     wanted = set(order) | set(others[: max(len(set(order)), len(subjects(world.private)) // 4)])

@@ -115,7 +115,7 @@ def judge(
     """(scaled scores, alarms as 0 and 1) of each served model by score name, (N,) each."""
     scores: dict[str, dict[str, Floats]] = {}
     for name, model in served.items():
-        found, left_out = scores_of(Case(replace(honest, unlearned=model), group, form="text"))
+        found, left_out = scores_of(Case(replace(honest, unlearned=model, posteriors={}), group, form="text"))
         outcome.left_out |= left_out
         scores[name] = found | {"prefix-check": prefix_check(model, honest.samples)}
     usual: dict[str, list[Floats]] = {}
@@ -124,8 +124,9 @@ def judge(
             group,
             shadows=[s for i, s in enumerate(group.shadows) if i != k],
             parts=[p for i, p in enumerate(group.parts) if i != k],
+            learnt={},
         )
-        found, _ = scores_of(Case(replace(honest, unlearned=shadow), others, form="text"))
+        found, _ = scores_of(Case(replace(honest, unlearned=shadow, posteriors={}), others, form="text"))
         for name, score_N in (found | {"prefix-check": prefix_check(shadow, honest.samples)}).items():
             usual.setdefault(name, []).append(score_N)
     names = [n for n in usual if all(n in found for found in scores.values())]

@@ -200,8 +200,12 @@ def markdown(results: Mapping[str, Any], order: str) -> str:
     said += [f"- {note}" for note in results["notes"]]
     for name, fact in results["facts"].items():
         if not any(isinstance(value, Mapping) for value in fact.values()):
-            said.append(f"- {name}: {', '.join(f'{k} {v:.3f}' for k, v in fact.items())}")
+            said.append(f"- {name}: {', '.join(f'{k} {_number(v)}' for k, v in fact.items())}")
     return "\n".join(said).rstrip() + "\n"
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
 
 
 def _shown(metric: Mapping[str, Any] | None) -> str:

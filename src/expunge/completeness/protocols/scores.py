@@ -7,7 +7,7 @@ classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from expunge.attacks.exam import Checkpoint
 from expunge.completeness import iam, scoring
+from expunge.completeness.calibration import Completeness, calibrate
 from expunge.completeness.lira import Variance, confidence, lira_offline, lira_online, split_models
 from expunge.completeness.protocols.world import Group, Halves, Target
 from expunge.completeness.readings import Floats, Form, Readings
@@ -107,6 +108,12 @@ class Case:
             [s.subject for s in samples],
         )
 
+    @cached_property
+    def answer(self) -> Completeness:
+        """Expunge's own answer; the population, which no model was trained on, is its holdout."""
+        population = replace(self, target=replace(self.target, samples=self.group.population, posteriors={}))
+        return calibrate(self.readings, holdout=population.readings)
+
     def offline(self) -> Readings:
         """The readings with the shadows' typical reading of their own training samples in the original's place."""
         own = [losses(s, part, self.unit) for s, part in zip(self.group.shadows, self.group.parts, strict=True)]
@@ -154,6 +161,10 @@ def _in_out(case: Case) -> tuple[Floats, Floats]:
     return inside, np.concatenate([outside, case.out_KN])
 
 
+def _in_place_of_nan(values_N: Floats, usual: float) -> Floats:
+    return np.where(np.isfinite(values_N), values_N, usual)
+
+
 def _lira_online(case: Case, variance: Variance) -> Floats:
     inside, outside = _in_out(case)
     return lira_online(_logit(case.unlearned_N), _logit(inside), _logit(outside), variance)
@@ -169,6 +180,12 @@ def _lira_offline(case: Case, variance: Variance) -> Floats:
 
 def rmia_offset(case: Case) -> float:
     """RMIA's a, tuned on what the first shadow learnt and the second did not; :data:`OFFSET` with one shadow."""
+    if "offset" not in case.group.learnt:
+        case.group.learnt["offset"] = _tuned(case)
+    return float(case.group.learnt["offset"])
+
+
+def _tuned(case: Case) -> float:
     if len(case.group.shadows) < 2:
         return OFFSET
     (first, second), known = case.group.shadows[:2], {s.id for s in case.group.parts[1]}
@@ -206,21 +223,35 @@ def _rmia_single(case: Case) -> Floats:
 
 
 def _unleak(case: Case, learner: Learner) -> Floats:
-    group = case.group
-    assert group.origin is not None
-    whole_NV, parts, kept = posteriors(group.origin, group.whole), [], []
-    for shadow, part in zip(group.shadows, group.parts, strict=True):
-        parts.append(posteriors(shadow, group.whole))
-        known = {s.id for s in part}
-        kept.append([s.id in known for s in group.whole])
-    kept_N: NDArray[np.bool_] = np.array(kept).ravel()
-    attack = UnLeak(learner).fit(np.concatenate([whole_NV] * len(parts)), np.concatenate(parts), kept_N)
-    samples = case.target.samples
-    return attack.score(posteriors(case.target.original, samples), posteriors(case.target.unlearned, samples))
+    group, samples = case.group, case.target.samples
+    if learner not in group.learnt:
+        assert group.origin is not None
+        whole_NV, parts, kept = posteriors(group.origin, group.whole), [], []
+        for shadow, part in zip(group.shadows, group.parts, strict=True):
+            parts.append(posteriors(shadow, group.whole))
+            known = {s.id for s in part}
+            kept.append([s.id in known for s in group.whole])
+        kept_N: NDArray[np.bool_] = np.array(kept).ravel()
+        wholes = np.concatenate([whole_NV] * len(parts))
+        group.learnt[learner] = UnLeak(learner).fit(wholes, np.concatenate(parts), kept_N)
+    attack: UnLeak = group.learnt[learner]
+    pair = []
+    for model in (case.target.original, case.target.unlearned):
+        if model.name not in case.target.posteriors:
+            case.target.posteriors[model.name] = posteriors(model, samples)
+        pair.append(case.target.posteriors[model.name])
+    return attack.score(*pair)
 
 
 SINGLE = "single-IN: the original is the only model that saw the sample"
 ROWS: tuple[Row, ...] = (
+    Row("Expunge", lambda c: c.answer.score_N, "our score for ranking"),
+    Row(
+        "Expunge-completeness",
+        lambda c: 1 - _in_place_of_nan(c.answer.completeness_N, 0.5),
+        "1 - completeness; 1/2 where there is none",
+    ),
+    Row("Expunge-p", lambda c: 1 - _in_place_of_nan(c.answer.p_under_N, 0.5), "1 - conformal p of under-unlearned"),
     Row("IAM-On", _iam, "as published"),
     Row("IAM-Off", lambda case: _iam(case, offline=True), "as published, original not asked"),
     Row("IAM-frozen", _frozen, "our form: scale measured once, deviation per sample"),
@@ -243,6 +274,13 @@ ROWS: tuple[Row, ...] = (
     ),
 )
 SCORING_ROWS: tuple[Row, ...] = (
+    Row("Expunge", lambda c: c.answer.score_N, "our score for ranking"),
+    Row(
+        "Expunge-completeness",
+        lambda c: 1 - _in_place_of_nan(c.answer.completeness_N, 0.5),
+        "1 - completeness; 1/2 where there is none",
+    ),
+    Row("Expunge-p", lambda c: 1 - _in_place_of_nan(c.answer.p_under_N, 0.5), "1 - conformal p of under-unlearned"),
     *(
         Row(f"line-{name}", lambda c, name=name: scoring.score(scoring.ladder(c.readings, name), name))  # type: ignore[misc]
         for name in scoring.SCORINGS

@@ -71,7 +71,8 @@ class ProtocolOptions:
 
     def quick(self) -> ProtocolOptions:
         """A smaller form, for a first look: under a minute."""
-        caps = {"targets": 1, "groups": 2, "halves": 2, "points": 5, "epochs": 15.0, "base_epochs": 8.0}
+        caps: dict[str, float] = {"targets": 1, "groups": 2, "halves": 2, "points": 4, "resamples": 50}
+        caps |= {"epochs": 15.0, "base_epochs": 8.0}
         return replace(self, **{name: min(getattr(self, name), cap) for name, cap in caps.items()})
 
 
@@ -84,6 +85,7 @@ class Target:
     original: Checkpoint
     samples: Sequence[Sample]
     truth_N: NDArray[np.float64]
+    posteriors: dict[str, NDArray[np.float64]] = field(default_factory=dict)  # of its two models, by their names
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +98,7 @@ class Group:
     whole: Sequence[Sample]  # the shadow set
     population: Sequence[Sample]
     origin: Checkpoint | None = None  # trained on the whole shadow set; only UnLeak wants it
+    learnt: dict[str, Any] = field(default_factory=dict)  # what attacks learn from the shadows alone, once for all
 
 
 @dataclass(frozen=True, eq=False)
