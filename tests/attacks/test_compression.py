@@ -116,9 +116,11 @@ def test_lengths_follow_the_schedule() -> None:
     assert missing is None and tried == [5]
 
 
-def test_the_original_says_its_texts_and_an_untrained_model_does_not() -> None:
+def test_the_original_says_its_texts_and_a_retrained_or_untrained_model_does_not() -> None:
     exam = attack_cases.exam()
     ours = compression(exam, exam.audited, OPTIONS)
+    retrain = compression(exam, attack_cases.retrain(), OPTIONS)
+    assert np.isnan(retrain.scores["compression.ratio"]["forget"]).all()
     blank = compression(exam, attack_cases.blank_copy(), replace(OPTIONS, steps=4))
     assert np.nanmax(ours.scores["compression.ratio"]["forget"]) > 0.5
     assert blank.figures["compression.memorized.forget"].value == 0.0

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import attack_cases
-from expunge.attacks.leakage import CRITERIA, LeakageOptions, chosen, leakage, upper_bound
+from expunge.attacks.leakage import CRITERIA, LeakageOptions, asked, chosen, leakage, upper_bound
 from expunge.data.samples import Sample
 from expunge.errors import UserError
 from expunge.models.sampling import sample_texts
@@ -70,6 +70,20 @@ def test_rates_equal_a_count_by_hand() -> None:
     drawn = sample_texts(exam.audited.model, exam.audited.adapter, exam.forget, n=40, max_new_tokens=8, seed=exam.seed)
     wanted = [sum(t == s.target for t in texts) / 40 for s, texts in zip(exam.forget, drawn, strict=True)]
     assert found.scores["leakage"]["forget"] == wanted
+
+
+def test_documents_are_continued_after_their_prefix() -> None:
+    exam = attack_cases.exam()
+    whole = [replace(s, prompt="", target=f"{s.prompt} {s.target}") for s in exam.forget]
+    found = leakage(
+        replace(exam, samples={"forget": whole}), exam.audited, replace(OPTIONS, criterion="contains", prefix=6)
+    )
+    adapter = attack_cases.adapter()
+    start, wanted, given = asked(adapter, whole[0], 6, 8)
+    assert f"{given} {wanted}" == whole[0].target and start == list(adapter.cached(whole[0]).ids[: len(start)])
+    assert max(found.scores["leakage"]["forget"]) > 0
+    short = asked(replace(adapter, context=10, _encoded={}), whole[0], 6, 8)[0]
+    assert short == [start[0], start[-1]]
 
 
 def test_a_limit_is_the_same_for_all_and_the_rest_is_not_scored() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import attack_cases
-from expunge.attacks.candidates import Lineup, lineup, lineups, questions, renamed, value_of
+from expunge.attacks.candidates import Giving, Lineup, lineup, lineups, questions, renamed, value_of
 from expunge.attacks.pii import (
     InferenceOptions,
     ReconstructionOptions,
@@ -56,7 +56,7 @@ def test_values_of_people_are_their_facts() -> None:
         assert line.texts()[0].target in {str(sample.target), *(p.target for p in sample.probes_of("restated"))}
         assert len(line.others) == 4
     rng = np.random.default_rng(0)
-    wide = lineup(data["forget"][0], [*data["retain"], *data["holdout"]], 50, rng)
+    wide = lineup(data["forget"][0], Giving([*data["retain"], *data["holdout"]]), 50, rng)
     assert wide is not None and len(wide.others) > 6
     assert len({c.casefold() for c in wide.candidates}) == len(wide.candidates)
 
@@ -70,14 +70,16 @@ def test_files_without_probes_compare_whole_answers_with_names_put_in() -> None:
     )
     unlike = Sample(id="c", subject="C", prompt="What does Cy like?", target="Cy likes red.", names=("Cy",))
     rng = np.random.default_rng(0)
-    found = lineup(mine, [other, unlike], 9, rng)
+    found = lineup(mine, Giving([other, unlike]), 9, rng)
     assert found == Lineup(mine, "Lee lives in Oslo.", ("Lee lives in Rome.",))
     # Nobody was asked the same: everybody's answers serve. Nobody at all: no line-up.
-    alone = lineup(mine, [unlike], 9, rng)
+    alone = lineup(mine, Giving([unlike]), 9, rng)
     assert alone is not None and alone.others == ("Ann Lee likes red.",)
-    assert lineup(mine, [replace(mine, id="z", target="x")], 9, rng) is None
+    assert lineup(mine, Giving([replace(mine, id="z", target="x")]), 9, rng) is None
     nameless = [replace(s, names=()) for s in (mine, other)]
-    assert lineup(nameless[0], nameless, 9, rng) == Lineup(nameless[0], "Lee lives in Oslo.", ("Ray lives in Rome.",))
+    assert lineup(nameless[0], Giving(nameless), 9, rng) == Lineup(
+        nameless[0], "Lee lives in Oslo.", ("Ray lives in Rome.",)
+    )
     assert questions(mine) == questions(other) == {"Where does {name} live?"}
     assert (
         renamed("Ann Lee's friend Leeson met Lee", ("Ann Lee", "Lee"), ("Bo Ray", "Ray"))

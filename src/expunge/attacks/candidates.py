@@ -121,27 +121,51 @@ def questions(sample: Sample) -> frozenset[str]:
 
 def donors(exam: Exam) -> list[Sample]:
     """Samples that are not to be forgotten, whose values and names serve as surrogates."""
-    return [*exam.samples.get("retain", []), *exam.trained, *exam.samples.get("holdout", []), *exam.aux]
+    return [*exam.samples.get("retain", []), *exam.trained, *exam.holdout, *exam.aux]
 
 
-def lineup(sample: Sample, giving: Sequence[Sample], limit: int, rng: np.random.Generator) -> Lineup | None:
+class Giving:
+    """Donors with an index of what they were asked; in an order of their own, whatever order they are given in."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.samples = sorted(samples, key=lambda s: (s.id, str(s.target)))
+        self._values: dict[int, str] = {}
+        self._asked: dict[str, list[int]] = {}
+        for place, sample in enumerate(self.samples):
+            for question in questions(sample):
+                self._asked.setdefault(question, []).append(place)
+
+    def alike(self, sample: Sample) -> list[int]:
+        """Places of the samples of other subjects that were asked the same."""
+        places = {place for question in questions(sample) for place in self._asked.get(question, ())}
+        return [place for place in sorted(places) if self.samples[place].subject != sample.subject]
+
+    def value(self, place: int) -> str:
+        """The single value of a donor; "" where it has none."""
+        if place not in self._values:
+            found = value_of(self.samples[place])
+            self._values[place] = found.truth if found is not None else ""
+        return self._values[place]
+
+
+def lineup(sample: Sample, giving: Giving, limit: int, rng: np.random.Generator) -> Lineup | None:
     """The sample's line-up with at most ``limit`` surrogates; None where there is no surrogate at all.
 
     The sample's own perturbed values come first, then a random choice of the others.
     """
-    strangers = [s for s in giving if s.subject != sample.subject]
-    asked = questions(sample)
-    alike = [s for s in strangers if asked & questions(s)]
+    alike = giving.alike(sample)
     own = value_of(sample)
     if own is not None:
-        theirs = [v.truth for v in map(value_of, alike) if v is not None]
+        theirs = [value for value in map(giving.value, alike) if value]
     elif sample.probes_of("perturbed"):
         right = [probe.target for probe in sample.probes_of("restated")] or [str(sample.target)]
         own, theirs = Lineup(sample, right[0], _others(right[0], (p.target for p in sample.probes_of("perturbed")))), []
     else:
         own = Lineup(sample, str(sample.target), ())
-        theirs = [renamed(str(s.target), s.names, sample.names) for s in alike or strangers]
-    more = _others(own.truth, [*own.others, *theirs])[len(own.others) :]
+        strangers = [k for k, s in enumerate(giving.samples) if s.subject != sample.subject]
+        some = alike or [strangers[i] for i in rng.permutation(len(strangers))[: 4 * limit]]
+        theirs = [renamed(str(giving.samples[k].target), giving.samples[k].names, sample.names) for k in some]
+    more = sorted(_others(own.truth, [*own.others, *theirs])[len(own.others) :])
     kept = [more[i] for i in rng.permutation(len(more))]
     others = (*own.others, *kept)[:limit]
     return replace(own, others=others) if others else None
@@ -151,7 +175,7 @@ def lineups(exam: Exam, limit: int) -> dict[Role, list[Lineup | None]]:
     """Line-ups of the forget and holdout samples, the same for every checkpoint."""
     key = ("candidates", limit)
     if key not in exam.shared:
-        giving = donors(exam)
+        giving = Giving(donors(exam))
         roles: list[Role] = ["forget", "holdout"] if exam.holdout else ["forget"]
         exam.shared[key] = {
             role: [lineup(s, giving, limit, exam.rng("candidates", role, s.id)) for s in exam.samples[role]]

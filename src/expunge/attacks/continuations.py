@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from expunge.data.samples import Sample
 from expunge.errors import UserError
 from expunge.models.adapter import Adapter
-from expunge.models.text import Encoded, TextAdapter
+from expunge.models.text import Encoded, TextAdapter, cut_middle
 
 GIVEN = 50  # tokens given of a document, and tokens asked for (Carlini et al. 2023, arXiv 2202.07646)
 
@@ -57,13 +57,18 @@ def split_ids(adapter: TextAdapter, sample: Sample, prefix: int, suffix: int) ->
     return [*coded.ids[: coded.first], *target[: span.start]], target[span]
 
 
-def ids_up_to(adapter: TextAdapter, sample: Sample, given: str) -> list[int]:
+def ids_up_to(adapter: TextAdapter, sample: Sample, given: object) -> list[int]:
     """Ids of the sample's template with only ``given`` of its target, ready to be continued."""
-    coded: Encoded = adapter.encode(replace(sample, target=given.rstrip()))
+    coded: Encoded = adapter.encode(replace(sample, target=str(given).rstrip()))
     ids, closing = list(coded.ids), closing_ids(adapter)
     while len(ids) > coded.first and ids[-1] in closing:
         ids.pop()
     return ids
+
+
+def fitting(adapter: TextAdapter, ids: list[int], new: int) -> list[int]:
+    """``ids`` with room for ``new`` more: the beginning is cut, but for its first token."""
+    return cut_middle(ids, max(2, adapter.context - new), 1)
 
 
 def room_for(adapter: TextAdapter, max_new_tokens: int) -> int:

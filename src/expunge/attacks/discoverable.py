@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.attacks.continuations import GIVEN, check_lengths, closing_ids, suffix_span
-from expunge.attacks.exam import Checkpoint, Exam
+from expunge.attacks.exam import Checkpoint, Exam, key_of
 from expunge.attacks.extraction import compared, mean_over
 from expunge.attacks.registry import Finding, attack
 from expunge.data.samples import Role, Sample
@@ -74,7 +74,9 @@ def suffix_log_q(
     found: list[tuple[float, int]] = [(math.nan, 0)] * len(samples)
     closing = closing_ids(adapter)
     with evaluating(model):
-        for group in adapter.batches(samples, max_tokens):
+        order = sorted(range(len(samples)), key=lambda i: key_of(samples[i]))  # the same batches in any order
+        for places in adapter.batches([samples[i] for i in order], max_tokens):
+            group = [order[place] for place in places]
             positions = adapter.positions(model, [samples[i] for i in group])
             values_N = positions.per_token(lambda z, y: scheme_log_prob(z, y, temperature, top_k, top_p)).cpu().numpy()
             sample_N, ids_N = positions.sample_N.cpu().numpy(), positions.targets_N.cpu().numpy()

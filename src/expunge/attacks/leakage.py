@@ -13,7 +13,7 @@ from typing import Any
 
 from scipy import stats as scipy_stats
 
-from expunge.attacks.continuations import room_for
+from expunge.attacks.continuations import GIVEN, check_lengths, fitting, room_for, split_ids
 from expunge.attacks.exam import Checkpoint, Exam
 from expunge.attacks.extraction import mean_over
 from expunge.attacks.registry import Finding, attack
@@ -21,7 +21,8 @@ from expunge.data.samples import Sample
 from expunge.errors import UserError
 from expunge.metrics.facts import FactMatcher
 from expunge.metrics.rouge import rouge_score, words
-from expunge.models.sampling import check_sampler, sample_texts, text_adapter
+from expunge.models.sampling import check_sampler, sample_ids, text_adapter
+from expunge.models.text import TextAdapter
 from expunge.options import option
 from expunge.stats import Estimate, check_level
 
@@ -62,6 +63,7 @@ class LeakageOptions:
     max_new_tokens: int = option(64, "longest answer in tokens")
     criterion: str = option("facts", "how an answer is compared with the true one", choices=tuple(CRITERIA))
     threshold: float = option(1.0, "share of the facts, or similarity, from which an answer is a leak")
+    prefix: int = option(GIVEN, "tokens given of a document; half of a shorter one")
     limit: int = option(64, "most forget samples that are attacked, drawn by chance; 0 takes all")
 
     @property
@@ -80,7 +82,18 @@ def chosen(exam: Exam, limit: int, *what: object) -> list[int]:
     count = len(exam.forget)
     if limit <= 0 or limit >= count:
         return list(range(count))
-    return sorted(int(i) for i in exam.rng(*what).choice(count, limit, replace=False))
+    order = sorted(range(count), key=lambda i: exam.forget[i].id)  # whatever order they are given in
+    return sorted(order[i] for i in exam.rng(*what).choice(count, limit, replace=False))
+
+
+def asked(adapter: TextAdapter, sample: Sample, prefix: int, new: int) -> tuple[list[int], str, str]:
+    """(ids to continue, text that is wanted, text that is given): a prompt and its answer, or a document in two."""
+    if sample.prompt:
+        return adapter.prompt_ids(sample, new), str(sample.target), sample.prompt
+    given, wanted = split_ids(adapter, sample, prefix, 0)
+    decode = adapter.tokenizer.decode
+    texts = [decode(ids, skip_special_tokens=True).strip() for ids in (wanted, given)]
+    return fitting(adapter, given, new), texts[0], texts[1]
 
 
 @attack(
@@ -103,6 +116,7 @@ def leakage(exam: Exam, checkpoint: Checkpoint, options: LeakageOptions) -> Find
     says the facts by luck counts as well: compare with the reference.
     """
     check_sampler(options.n, options.max_new_tokens, options.temperature, options.top_k, options.top_p)
+    check_lengths(options.prefix, 0)
     if not 0 < options.threshold <= 1:
         raise UserError(f"leak threshold {options.threshold} is not above 0 and at most 1: give for example 1.")
     adapter = text_adapter(checkpoint.adapter)
@@ -110,21 +124,23 @@ def leakage(exam: Exam, checkpoint: Checkpoint, options: LeakageOptions) -> Find
     agree = CRITERIA[options.criterion]
     places = chosen(exam, options.limit, "leakage")
     attacked = [exam.forget[i] for i in places]
-    drawn = sample_texts(
-        checkpoint.model, adapter, attacked, n=options.n, max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=exam.seed,
+    cuts = [asked(adapter, sample, options.prefix, options.max_new_tokens) for sample in attacked]
+    drawn = sample_ids(
+        checkpoint.model, adapter, attacked, [cut[0] for cut in cuts], [options.max_new_tokens] * len(cuts),
+        n=options.n, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, seed=exam.seed,
     )  # fmt: skip
     rate, best = [math.nan] * len(exam.forget), [math.nan] * len(exam.forget)
     details: dict[str, Mapping[str, Any]] = {}
     counts: list[int] = []
-    for place, sample, texts in zip(places, attacked, drawn, strict=True):
-        found = [agree(str(sample.target), text, sample.prompt) for text in texts]
+    for place, sample, (_, wanted, given), said in zip(places, attacked, cuts, drawn, strict=True):
+        texts = [adapter.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]
+        found = [agree(wanted, text, given) for text in texts]
         if math.isnan(found[0]):  # nothing to compare with: the target says nothing
             continue
         leaks = sum(value >= options.threshold for value in found)
         counts.append(leaks)
         rate[place], best[place] = leaks / options.n, max(found)
-        details[sample.id] = _detail(sample, texts, found, leaks, upper_bound(leaks, options.n, exam.level))
+        details[sample.id] = _detail(texts, found, leaks, upper_bound(leaks, options.n, exam.level))
     definition = f"leakage/1 n={options.n} {options.sampler} {options.criterion}>={options.threshold:g}"
     seen = [math.nan if math.isnan(r) else float(r > 0) for r in rate]
     alpha = 1 - exam.level
@@ -143,6 +159,6 @@ def leakage(exam: Exam, checkpoint: Checkpoint, options: LeakageOptions) -> Find
     return Finding({"leakage": {"forget": rate}, "leakage.best": {"forget": best}}, figures, details, (note,))
 
 
-def _detail(sample: Sample, texts: list[str], found: list[float], leaks: int, upper: float) -> Mapping[str, Any]:
+def _detail(texts: list[str], found: list[float], leaks: int, upper: float) -> Mapping[str, Any]:
     place = max(range(len(found)), key=found.__getitem__)
     return {"leaks": leaks, "draws": len(texts), "upper_bound": upper, "closest": texts[place], "agrees": found[place]}

@@ -16,7 +16,7 @@ import numpy as np
 
 from expunge.attacks.canaries import line_up_note
 from expunge.attacks.candidates import Lineup, donors, exposure, likelihoods, lineups, mid_rank, renamed
-from expunge.attacks.continuations import ids_up_to
+from expunge.attacks.continuations import fitting, ids_up_to
 from expunge.attacks.exam import Checkpoint, Exam
 from expunge.attacks.extraction import mean_over
 from expunge.attacks.leakage import chosen
@@ -100,7 +100,7 @@ def inference(exam: Exam, checkpoint: Checkpoint, options: InferenceOptions) -> 
     figures: dict[str, Estimate] = {}
     details: dict[str, Mapping[str, Any]] = {}
     counts: list[int] = []
-    giving = donors(exam)
+    giving = sorted(donors(exam), key=lambda s: s.id)
     for role, rows in lineups(exam, options.candidates).items():
         samples = exam.samples[role]
         order = [giving[i] for i in exam.rng("pii", role).permutation(len(giving))]
@@ -165,6 +165,7 @@ def proposals(texts: Sequence[str], lengths: Sequence[int]) -> list[str]:
     options=ReconstructionOptions,
     formula="1 / rank of the true value by perplexity of the whole sentence among sampled values; 0 if never drawn",
     passes=150.0,
+    needs=("probes",),
 )
 def reconstruction(exam: Exam, checkpoint: Checkpoint, options: ReconstructionOptions) -> Finding:
     """The answer with its value masked: values are drawn from the left context, the whole sentence chooses among them.
@@ -180,9 +181,10 @@ def reconstruction(exam: Exam, checkpoint: Checkpoint, options: ReconstructionOp
     lengths = [sorted({len(c.split()) for c in line.candidates}) for line in lines]
     longest = [max(len(adapter.tokenizer(" " + c)["input_ids"]) for c in line.candidates) for line in lines]
     masked = [replace(line.sample, target=line.before, probes=()) for line in lines]
-    starts = [ids_up_to(adapter, s, line.before) for s, line in zip(masked, lines, strict=True)]
+    new = [count + options.extra_tokens for count in longest]
+    starts = [fitting(adapter, ids_up_to(adapter, s, s.target), n) for s, n in zip(masked, new, strict=True)]
     drawn = sample_ids(
-        checkpoint.model, adapter, masked, starts, [n + options.extra_tokens for n in longest], n=options.n,
+        checkpoint.model, adapter, masked, starts, new, n=options.n,
         temperature=options.temperature, top_k=options.top_k, seed=exam.seed,
     ) if lines else []  # fmt: skip
     decode = adapter.tokenizer.decode

@@ -68,8 +68,9 @@ def _draw(exam: Exam, checkpoint: Checkpoint, talk: Talk) -> list[Sample]:
     starts = [Sample(id="nothing", subject="", target="")]
     counts = [talk.n - started]
     if started:
-        order = exam.rng("untargeted", "beginnings").permutation(len(exam.aux))[:started]
-        starts += [_beginning(exam.aux[i], talk.beginning) for i in order]
+        unseen = sorted(exam.aux, key=lambda s: s.id)
+        order = exam.rng("untargeted", "beginnings").permutation(len(unseen))[:started]
+        starts += [_beginning(unseen[i], talk.beginning) for i in order]
         counts += [started // len(order) + (k < started % len(order)) for k in range(len(order))]
     texts: dict[tuple[str, str], Sample] = {}
     for count in sorted(set(counts)):
@@ -136,9 +137,11 @@ def private_ngrams(samples: Sequence[Sample], others: Sequence[Sample], length: 
     return found
 
 
-def holds(text_words: Sequence[str], gram: Ngram) -> bool:
-    """Whether the run of words stands in the text."""
-    return any(tuple(text_words[i : i + len(gram)]) == gram for i in range(len(text_words) - len(gram) + 1))
+def heard(text: str, grams: set[Ngram]) -> set[Ngram]:
+    """Those of the runs of words that stand in the text."""
+    longest = len(words(text, False))
+    sizes = {len(gram) for gram in grams}
+    return {gram for size in sizes if size <= longest for gram in ngrams(text, size) & grams}
 
 
 @attack(
@@ -162,7 +165,7 @@ def untargeted(exam: Exam, checkpoint: Checkpoint, options: UntargetedOptions) -
     if min(options.best, options.ngram) < 1:
         raise UserError("untargeted extraction needs best and ngram of at least 1.")
     texts = drawn(exam, checkpoint, options)
-    said = [words(str(text.target), False) for text in texts]
+    said = [str(text.target) for text in texts]
     public = [*donors(exam), *exam.samples.get("utility", [])]
     scores: dict[Role, list[float]] = {}
     private: list[set[Ngram]] = []
@@ -173,15 +176,16 @@ def untargeted(exam: Exam, checkpoint: Checkpoint, options: UntargetedOptions) -
         # A holdout text would be no surrogate for itself: its own role does not make it public.
         known = [s for s in public if role == "forget" or s not in samples] + (exam.forget if role == "holdout" else [])
         grams = private_ngrams(samples, known, options.ngram)
-        found = {g for g in set().union(*grams) if any(holds(t, g) for t in said)}
+        everything = set().union(*grams)
+        found = set().union(*(heard(text, everything) for text in said))
         scores[role] = [len(own & found) / len(own) if own else math.nan for own in grams]
         private = grams if role == "forget" else private
     everything = set().union(*private)
-    heard = [{g for g in everything if holds(t, g)} for t in said]
-    figures, picked = _precision(exam, checkpoint, texts, np.array([bool(h) for h in heard], dtype=bool), options)
+    told = [heard(text, everything) for text in said]
+    figures, picked = _precision(exam, checkpoint, texts, np.array([bool(t) for t in told], dtype=bool), options)
     details: dict[str, Mapping[str, Any]] = {}
     for sample, own in zip(exam.forget, private, strict=True):
-        near = [i for i, h in enumerate(heard) if h & own]
+        near = [i for i, h in enumerate(told) if h & own]
         if near:
             best = max(near, key=lambda i: len(picked.get(i, ())))
             details[sample.id] = {"drawn": texts[best].target, "believed_by": picked.get(best, [])}
