@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,6 +174,7 @@ WRONG = {
     "anchor": (["--anchor", "-2"], "the anchor -2.0 is not a loss"),
     "holdout of the same samples": (["--holdout", "t.csv"], "row(s) of the holdout are in the table too"),
     "holdout of other models": (["--holdout", "h.csv"], "the same models"),
+    "protocol and a table": (["--protocol", "binui"], "give it without --signals and --form"),
     "no such table": (["--signals", "gone.csv"], "'gone.csv' does not exist"),
 }
 
@@ -188,6 +191,46 @@ def test_wrong_input_is_one_sentence_and_code_2(
     said = capsys.readouterr()
     assert said.out == "" and message in said.err and said.err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_without_a_table_or_a_protocol(capsys: Captured) -> None:
+    assert expunge("--form", "text") == 2
+    assert "nothing to measure: give --signals TABLE" in capsys.readouterr().err
+    assert expunge("--protocol", "binu", "--out", "nowhere") == 2
+    assert "unknown protocol 'binu': did you mean 'binui'?" in capsys.readouterr().err
+
+
+def test_a_protocol_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    """Every option arrives under its name; what the protocols do with them is tested with the protocols."""
+    from expunge.completeness import protocols
+
+    real = inspect.signature(protocols.run_protocol)
+    given: dict[str, Any] = {}
+
+    def stand_in(name: str, **options: Any) -> dict[str, Any]:
+        real.bind(name, **options)
+        given.update(options, name=name)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.md").write_text("# Protocol\n")
+        return {"protocol": name}
+
+    monkeypatch.setattr(protocols, "run_protocol", stand_in)
+    line = "--protocol scoreui --data digits --data-option size=9 --init tiny --seed 3 --quick --set shadows=4"
+    assert expunge(*line.split(), "--out", tmp_path) == 0
+    assert capsys.readouterr().out == "# Protocol\n"
+    assert given.pop("progress") is not None
+    assert given == {
+        "name": "scoreui",
+        "out": tmp_path,
+        "data": "digits",
+        "data_dir": None,
+        "data_options": {"size": "9"},
+        "model": None,
+        "init": "tiny",
+        "seed": 3,
+        "quick": True,
+        "options": {"shadows": "4"},
+    }
 
 
 def test_ten_thousand_rows_are_quick_and_need_no_torch(tmp_path: Path) -> None:

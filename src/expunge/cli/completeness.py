@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from expunge.cli.common import Json, emit
+from expunge.cli.common import DataDir, DataOption, Json, Quiet, Seed, emit, key_values, progress
+from expunge.errors import UserError
 
 if TYPE_CHECKING:
+    from expunge.completeness.readings import Form
     from expunge.completeness.run import Answer
 
 SHOWN = ("id", "score", "completeness", "verdict")
@@ -18,14 +20,15 @@ SHOWN = ("id", "score", "completeness", "verdict")
 
 def command(
     signals: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--signals", "-s", help="Table id,unlearned,original,shadow[,shadow_2,...][,subject][,label]: CSV or like."
         ),
-    ],
+    ] = None,
     form: Annotated[
-        str, typer.Option("--form", "-f", help="text: loss in nats per token; classifier: true-label probability.")
-    ],
+        str | None,
+        typer.Option("--form", "-f", help="text: loss in nats per token; classifier: true-label probability."),
+    ] = None,
     parity: Annotated[bool, typer.Option("--parity", help="IAM's published score, without verdicts.")] = False,
     holdout: Annotated[
         Path | None, typer.Option("--holdout", help="The same table for samples that no model was trained on.")
@@ -44,26 +47,70 @@ def command(
             "--batch-size", min=0, help="With --parity: rows pooled together; 0 for all, 64 for text if none."
         ),
     ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option("--protocol", help="Judge the scores where the truth is known: binui, scoreui, fake, ..."),
+    ] = None,
+    data: Annotated[str, typer.Option("--data", "-d", help="With --protocol: dataset by name.")] = "people",
+    data_dir: DataDir = None,
+    data_option: DataOption = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="With --protocol: the base that every model is trained from.")
+    ] = None,
+    init: Annotated[
+        str | None, typer.Option("--init", help="With --protocol: or a new small base, tiny-test, tiny or small.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="With --protocol: a smaller form, under a minute.")] = False,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="With --protocol: its option, e.g. shadows=4; repeat for more."
+        ),
+    ] = None,
+    seed: Seed = 0,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Run folder for table, results and figure.")] = None,
     json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say for each sample of a table of readings whether it is gone, with calibrated verdicts.
 
-    Labels, where given, are 1 for a sample that is still a member and 0 for one that is not.
+    Labels, where given, are 1 for a sample that is still a member and 0 for one that is not. With --protocol it
+    trains the models of an experiment whose truth is known, and compares all scores on it.
 
     Examples:
       expunge completeness --signals table.csv --form text
       expunge completeness --signals table.csv --form classifier --holdout unseen.csv --out runs/completeness
       expunge completeness --signals table.csv --form text --parity --json
+      expunge completeness --protocol binui --data people --quick --out runs/protocols
     """
-    from typing import cast
+    if protocol is not None:
+        if signals is not None or form is not None or out is None:
+            raise UserError("--protocol makes its own models and needs --out: give it without --signals and --form.")
+        from expunge.completeness.protocols import run_protocol
 
-    from expunge.completeness.readings import Form
+        results = run_protocol(
+            protocol,
+            out=out,
+            data=data,
+            data_dir=data_dir,
+            data_options=key_values(data_option, "--data-option"),
+            model=model,
+            init=init,
+            seed=seed,
+            quick=quick,
+            options=key_values(set_),
+            progress=progress(quiet),
+        )
+        emit(results, (out / protocol / "results.md").read_text(encoding="utf-8"), json)
+        return
+    if signals is None or form is None:
+        raise UserError("nothing to measure: give --signals TABLE and --form text or classifier, or --protocol NAME.")
+
     from expunge.completeness.run import completeness
 
     answer = completeness(
         signals,
-        cast(Form, form),
+        cast("Form", form),
         parity=parity,
         holdout=holdout,
         anchor=anchor,
@@ -72,12 +119,10 @@ def command(
         batch_size=batch_size,
         out=out,
     )
-    if json:
-        emit(answer.record(), "", True)
-        return
-    for note in answer.notes:
-        print(f"note: {note}", file=sys.stderr)
-    emit(None, rows(answer), False)
+    if not (quiet or json):
+        for note in answer.notes:
+            print(f"note: {note}", file=sys.stderr)
+    emit(answer.record() if json else None, "" if json else rows(answer), json)
 
 
 def rows(answer: Answer) -> str:
