@@ -125,7 +125,8 @@
   function scores(sample) {
     const found = data.scores.map((name, i) => [name, sample.scores[i]]).filter(([, five]) => five && five[0] !== null);
     if (!found.length) return [];
-    found.sort((a, b) => beyond(b[1]) - beyond(a[1]));
+    const side = (out) => (out > 0 ? 0 : out < 0 ? 1 : 2);
+    found.sort(([, a], [, b]) => side(beyond(a)) - side(beyond(b)) || Math.abs(beyond(b)) - Math.abs(beyond(a)));
     const rows = found.map(([name, five]) => {
       const out = beyond(five);
       const word = five[3] === null ? "no range" : out > 0 ? "▲ above" : out < 0 ? "▼ below" : "within";
@@ -167,9 +168,9 @@
       ...(sample.prompt ? [block("Prompt", sample.prompt)] : []), block("Target", sample.target),
       ...heatmap(sample), ...answers(sample), ...scores(sample), ...neighbours(sample), ...details(sample),
     );
-    panel.scrollTop = 0;
     for (const button of list.querySelectorAll("button")) button.setAttribute("aria-current", String(button.sample === sample));
-    if (jump && window.matchMedia("(max-width: 760px)").matches) panel.scrollIntoView({ block: "start" });
+    const narrow = window.matchMedia("(max-width: 760px)").matches;
+    if (jump && (narrow || panel.getBoundingClientRect().top < 0)) panel.scrollIntoView({ block: "start" });
   }
 
   const state = { search: "", verdict: "", subject: "", order: "worst" };
