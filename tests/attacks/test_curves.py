@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
+from tests.attacks.hiding import hiding
 from tests.matrix.worlds import world
 
 from attack_cases import audited, exam, retrain
@@ -43,23 +43,6 @@ SHORT = {"steps": 10, "learning_rate": 2e-3, "share": 0.34, "samples": 8}
 
 def attacked(name: str, checkpoint: Checkpoint, **values: object) -> Finding:
     return ATTACKS[name](audited(checkpoint), checkpoint, configure(CurveOptions, SHORT | values, "option"))
-
-
-@cache
-def hiding() -> Checkpoint:
-    """The original after ascent on forget until its loss is that of a retrained model: hidden, not gone."""
-    adapter, model = exam().audited.adapter, copy.deepcopy(exam().audited.model)
-    forget = exam().forget
-    wanted = -np.mean([s.loss for s in retrain().signals(forget)])
-    optimizer = torch.optim.SGD(model.lm_head.parameters(), lr=0.05)
-    for _ in range(300):
-        log_prob = adapter.positions(model, forget).log_prob_N().mean()
-        if float(log_prob.detach()) < wanted:
-            break
-        optimizer.zero_grad()
-        log_prob.backward()
-        optimizer.step()
-    return Checkpoint.of(model.eval(), adapter)
 
 
 def mean(finding: Finding, name: str) -> float:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
+from tests.attacks.hiding import hiding
 from tests.matrix.worlds import world
 
 from attack_cases import audited, exam, retrain
@@ -156,6 +157,14 @@ def test_the_original_stands_out_from_an_exact_retrain() -> None:
     gain = own.figures["soft-prompts.gain"]
     assert gain.value == pytest.approx(mean(own) + np.mean([s.loss for s in exam().audited.signals(exam().forget)]))
     assert "retained answers" in own.notes[0]
+
+
+def test_what_is_only_hidden_comes_out() -> None:
+    hidden, *clean = (attacked(c) for c in (hiding(), retrain(), exam().references[0]))
+    gains = [f.figures["soft-prompts.gain"].value for f in (hidden, *clean)]
+    assert gains[0] > max(gains[1:]) + 1.0
+    before = [-np.mean([s.loss for s in c.signals(exam().forget)]) for c in (hiding(), retrain())]
+    assert before[0] < before[1] and mean(hidden) > mean(clean[0])
 
 
 def test_a_prefix_of_its_own_is_faster_for_what_is_known_but_comes_everywhere() -> None:
