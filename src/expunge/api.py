@@ -26,6 +26,7 @@ from expunge.bench.single import (
 )
 from expunge.bench.study import Study
 from expunge.bench.validation import DATA, METHODS, ValidationOptions, validate
+from expunge.completeness import run as _completeness
 from expunge.data.samples import Dataset, Role
 from expunge.errors import UserError
 from expunge.files import digest_folder
@@ -39,6 +40,7 @@ from expunge.runs import Run
 from expunge.training.loop import TrainOptions
 
 Text = str | Path
+completeness = _completeness.completeness
 BOOKKEEPING = frozenset({"run.yaml", "run.json", "events.jsonl", ".lock"})
 
 

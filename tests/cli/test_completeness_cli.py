@@ -257,7 +257,7 @@ def test_ten_thousand_rows_are_quick_and_need_no_torch(tmp_path: Path) -> None:
 
 
 def test_readings_work_from_python(tmp_path: Path) -> None:
-    from expunge.completeness.run import completeness
+    from expunge.api import completeness
     from expunge.completeness.table import read_table
     from expunge.errors import UserError
 
