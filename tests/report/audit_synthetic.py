@@ -35,7 +35,7 @@ SCORES: dict[str, tuple[str, str, str, str, str, str, tuple[float, float, float]
     "relearn.held_in": ("relearn", "recovery", "standard", "weights", "robustness", "mean", (-1.9, -0.1, -1.2)),
     "quantized.4": ("quantized", "recovery", "standard", "weights", "robustness", "mean", (-2.4, -0.2, -1.5)),
     "probe": ("probe", "recovery", "full", "weights", "robustness", "mean", (-2.6, -0.1, 3.9)),
-    "utility_loss": ("utility", "utility", "quick", "log-probabilities", "utility", "mean", (-2.1, -2.0, -2.12)),
+    "utility_loss": ("utility", "kept", "quick", "log-probabilities", "utility", "mean", (-2.1, -2.0, -2.12)),
 }
 
 

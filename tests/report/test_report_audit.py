@@ -103,7 +103,7 @@ def test_attacks_are_grouped_worst_first_and_complete(html: str) -> None:
         "Membership: AUC, forget against holdout",
         "Extraction: mean over samples",
         "Recovery: mean over samples",
-        "Utility: mean over samples",
+        "What was to be kept: mean over samples",
     ]
     names = re.findall(r'<th scope="row"><span class="name">([^<]*)</span>', table)
     assert sorted(names) == sorted(synthetic.SCORES)

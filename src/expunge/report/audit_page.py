@@ -39,6 +39,7 @@ def audit_context(report: AuditReport, charts: Sequence[tuple[Chart, Markup]]) -
         "drill_packed": packed,
         "plain_rows": [_plain(d, losses, models) for d in drill.worst[:PLAIN_ROWS]],
         "loss_models": losses,
+        "reference_rates": any(r is not None for _, cells in report.rates for *_, r in cells),
         "p_value": p_value,
         "seconds": seconds,
         "rate_text": rate_text,

@@ -23,7 +23,12 @@ from expunge.report.samples import VERDICTS
 from expunge.report.schema import Measure
 from expunge.report.wording import hundredths, interval, listing, number, signed
 
-FAMILIES = ("membership", "extraction", "recovery")
+FAMILIES = {
+    "membership": "Membership",
+    "extraction": "Extraction",
+    "recovery": "Recovery",
+    "kept": "What was to be kept",
+}
 # The order of a reader's concern; within one, the smallest corrected p-value first
 ROW_VERDICTS = ("more is left", "less than the reference", "not shown", "no reference", "like the reference")
 ICONS = {"passed": "✓", "failed": "✗", "not shown": "?"}
@@ -127,7 +132,7 @@ class AuditReport:
             for row, mark in zip(rows, marks, strict=True)
         ]
         what = "AUC, forget against holdout" if statistic == "auc" else f"{statistic} over samples"
-        title = f"{(family or 'other').capitalize()}: {what}"
+        title = f"{FAMILIES.get(family) or family.capitalize() or 'Other'}: {what}"
         return AttackGroup(title, axis, ruler(axis), sorted(lines, key=_concern))
 
     @cached_property
