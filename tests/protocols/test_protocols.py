@@ -237,6 +237,7 @@ def test_scoreui_end_to_end(folder: Path) -> None:
     assert len(steps) == 3 and steps[0] < steps[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["shift", "incremental"])
 def test_variants_end_to_end(folder: Path, name: str) -> None:
     results = run_protocol(name, out=folder, **options())
@@ -245,6 +246,7 @@ def test_variants_end_to_end(folder: Path, name: str) -> None:
     assert {s for s, _ in found} == settings and all(found[s, "loss"] > 0.55 for s in settings)
 
 
+@pytest.mark.slow
 def test_architectures(folder: Path) -> None:
     settings = {**options(), "groups": 1, "shadows": 1, "options": {**FAST, "epochs": 3}}
     results = run_protocol("architecture", out=folder, **settings)
