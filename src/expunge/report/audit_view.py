@@ -263,7 +263,7 @@ class AuditReport:
         calibration = complete.calibration
         pairs: list[tuple[str, Any]] = [
             ("Form", complete.form),
-            ("Shadows", complete.shadows),
+            ("Models that never saw the samples", complete.shadows),
             ("Calibration", calibration if isinstance(calibration, str) else _flat(calibration)),
             ("Level", "" if complete.level is None else f"{complete.level:g}"),
             ("False discovery rate", "" if complete.fdr is None else f"{complete.fdr:g}"),
