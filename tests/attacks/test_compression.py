@@ -81,7 +81,15 @@ def test_the_shortest_prompt_is_that_of_an_exhaustive_search() -> None:
         ones = torch.tensor(WORDS)[:, None]
         least = next((len(p[0]) for p in (ones, pairs) if bool(wanted.losses(p)[1].any())), 3)
         found, tried = shortest_prompt(
-            wanted, steps=25, batch=64, top_k=61, longest=8, banned=CLOSED, allowed=WORDS, rng=np.random.default_rng(0)
+            wanted,
+            steps=25,
+            batch=64,
+            top_k=61,
+            longest=8,
+            budget=10**6,
+            banned=CLOSED,
+            allowed=WORDS,
+            rng=np.random.default_rng(0),
         )
         assert found is not None and says(found.tolist(), wanted)
         assert len(found) >= least  # never shorter than what exists
@@ -108,10 +116,21 @@ def test_lengths_follow_the_schedule() -> None:
             return torch.arange(3, 6).repeat(len(prompt_X), 1)
 
     stub = Stub(torch.nn.Identity(), attack_cases.adapter(), (), (5, 6, 7))
-    rest = {"steps": 10, "batch": 4, "top_k": 3, "banned": CLOSED, "allowed": WORDS, "rng": np.random.default_rng(0)}
+    rest = {
+        "budget": 1000,
+        "steps": 10,
+        "batch": 4,
+        "top_k": 3,
+        "banned": CLOSED,
+        "allowed": WORDS,
+        "rng": np.random.default_rng(0),
+    }
     found, tried = shortest_prompt(stub, longest=30, **rest)  # type: ignore[arg-type]
     assert tried == lengths == [5, 10, 9, 8, 7] and found is not None and len(found) == 8
     assert steps_of == [10, 0, 0, 0, 12]
+    steps_of.clear()
+    none, tried = shortest_prompt(stub, longest=30, **{**rest, "budget": 7 * 4})  # type: ignore[arg-type]
+    assert none is None and tried == [5] and steps_of == [7]
     missing, tried = shortest_prompt(stub, longest=7, **rest)  # type: ignore[arg-type]
     assert missing is None and tried == [5]
 
@@ -144,11 +163,13 @@ def test_a_prompt_that_works_is_taken_without_a_step() -> None:
     exam = attack_cases.exam()
     wanted = target_of(exam.audited, exam.forget[0], 0)
     start = torch.tensor(exam.audited.adapter.cached(exam.forget[0]).prompt)
-    found = search(wanted, start, steps=0, batch=1, top_k=1, banned=[], rng=np.random.default_rng(0))
-    assert found is not None and torch.equal(found, start)
+    found, taken = search(wanted, start, steps=0, batch=1, top_k=1, banned=[], rng=np.random.default_rng(0))
+    assert found is not None and torch.equal(found, start) and taken == 0
 
 
 def test_mistakes_are_named() -> None:
     exam = attack_cases.exam()
     with pytest.raises(UserError, match="at least 1"):
         compression(exam, exam.audited, CompressionOptions(strings=0))
+    with pytest.raises(UserError, match="budget of 5 prompts"):
+        compression(exam, exam.audited, CompressionOptions(budget=5))

@@ -102,16 +102,16 @@ def search(
     top_k: int,
     banned: Sequence[int],
     rng: np.random.Generator,
-) -> Tensor | None:
-    """A prompt of the same length after which greedy decoding says the target; None when none was found.
+) -> tuple[Tensor | None, int]:
+    """(a prompt of the same length after which greedy decoding says the target or None, steps taken).
 
     Greedy coordinate gradient: of ``batch`` prompts that differ in one token, taken from the ``top_k`` best of each
     place, the one with the lowest loss is the next.
     """
     _, said_B = target.losses(prompt_X[None])
     if bool(said_B[0]):
-        return prompt_X
-    for _ in range(steps):
+        return prompt_X, 0
+    for step in range(1, steps + 1):
         choices_XK = target.better_tokens(prompt_X, top_k, banned)
         places = torch.from_numpy(rng.integers(len(prompt_X), size=batch))
         columns = torch.from_numpy(rng.integers(choices_XK.shape[1], size=batch))
@@ -119,9 +119,9 @@ def search(
         tried_BX[torch.arange(batch), places] = choices_XK[places, columns]
         loss_B, said_B = target.losses(tried_BX)
         if bool(said_B.any()):
-            return tried_BX[int(said_B.nonzero()[0, 0])]
+            return tried_BX[int(said_B.nonzero()[0, 0])], step
         prompt_X = tried_BX[int(loss_B.argmin())]
-    return None
+    return None, steps
 
 
 def shortest_prompt(
@@ -131,24 +131,28 @@ def shortest_prompt(
     batch: int,
     top_k: int,
     longest: int,
+    budget: int,
     banned: Sequence[int],
     allowed: Sequence[int],
     rng: np.random.Generator,
 ) -> tuple[Tensor | None, list[int]]:
     """(shortest prompt found or None, lengths tried): 5 tokens first, one less after a success, 5 more after a failure.
 
-    Ends when the next length has been decided already, below 1, or above ``longest``.
+    Ends when the next length has been decided already, below 1, or above ``longest``, or when ``budget`` prompts were
+    tried: the steps grow by a fifth with each failure, so that a long text would otherwise be searched for days.
     """
     found: Tensor | None = None
     tried: list[int] = []
-    length, failed = min(START, longest), 0
-    while failed < length <= longest and (found is None or length < len(found)):
+    length, failed, left = min(START, longest), 0, budget // batch
+    while left > 0 and failed < length <= longest and (found is None or length < len(found)):
         tried.append(length)
         if found is None:
             start_X = torch.from_numpy(rng.choice(np.array(allowed), size=length))
         else:  # what worked, without one token
             start_X = found[torch.from_numpy(np.sort(rng.permutation(len(found))[:length]))]
-        prompt_X = search(target, start_X, steps=steps, batch=batch, top_k=top_k, banned=banned, rng=rng)
+        allowance = min(steps, left)
+        prompt_X, taken = search(target, start_X, steps=allowance, batch=batch, top_k=top_k, banned=banned, rng=rng)
+        left -= taken
         if prompt_X is not None:
             found, length = prompt_X, len(prompt_X) - 1
         else:
@@ -164,6 +168,7 @@ class CompressionOptions:
     steps: int = option(200, "steps of the first search", "Schwarzschild et al. 2024")
     batch: int = option(100, "prompts tried in each step", "Schwarzschild et al. 2024")
     top_k: int = option(250, "best tokens of each place", "Schwarzschild et al. 2024")
+    budget: int = option(100_000, "most prompts tried for one text, over all lengths")
     suffix: int = option(50, "most tokens of a text that the model has to say; 0 takes all")
 
 
@@ -198,6 +203,8 @@ def compression(exam: Exam, checkpoint: Checkpoint, options: CompressionOptions)
     """
     if min(options.strings, options.steps, options.batch, options.top_k) < 1 or options.suffix < 0:
         raise UserError("compression needs strings, steps, batch and top_k of at least 1 and a suffix of 0 or more.")
+    if options.budget < options.batch:
+        raise UserError(f"a budget of {options.budget} prompts is less than one batch of {options.batch}: raise it.")
     adapter = text_adapter(checkpoint.adapter)
     vocab = causal_lm(checkpoint.model).get_input_embeddings().weight.shape[0]
     known = len(adapter.tokenizer)
@@ -213,8 +220,8 @@ def compression(exam: Exam, checkpoint: Checkpoint, options: CompressionOptions)
         if longest < 1 or len(target.opening) + longest < 1 or not target.ids:
             continue
         found, tried = shortest_prompt(
-            target, steps=options.steps, batch=options.batch, top_k=options.top_k, longest=longest, banned=banned,
-            allowed=allowed, rng=exam.rng("compression", sample.id),
+            target, steps=options.steps, batch=options.batch, top_k=options.top_k, longest=longest,
+            budget=options.budget, banned=banned, allowed=allowed, rng=exam.rng("compression", sample.id),
         )  # fmt: skip
         memorized[place] = 0.0 if found is None else float(len(found) < len(target.ids))
         detail: dict[str, Any] = {"text_tokens": len(target.ids), "lengths_tried": tried, "found": found is not None}
@@ -230,7 +237,7 @@ def compression(exam: Exam, checkpoint: Checkpoint, options: CompressionOptions)
     missing = sum(math.isnan(r) for r, m in zip(ratio, memorized, strict=True) if not math.isnan(m))
     note = (
         f"searched for {len(searched)} of {len(exam.forget)} forget texts; for {missing} no prompt was found up to "
-        f"{AT_MOST} times the text's length, which does not show that there is none"
+        f"{AT_MOST} times the text's length or within {options.budget} tries, which does not show that there is none"
     )
     return Finding(
         {"compression": {"forget": memorized}, "compression.ratio": {"forget": ratio}},
