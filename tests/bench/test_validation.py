@@ -16,7 +16,8 @@ from expunge.bench import validation
 from expunge.bench.plan import StudyOptions, parse_methods
 from expunge.bench.prepare import Workshop
 from expunge.bench.trust import Values, harmonic, quantization, relearning, scaled, threshold, trust
-from expunge.bench.validation import Validation, ValidationOptions, headline, recipes, turned, validate
+from expunge.bench.trust_report import headline
+from expunge.bench.validation import Validation, ValidationOptions, recipes, turned, validate
 from expunge.errors import UserError
 from expunge.models.load import Loaded
 from expunge.runs import Run
@@ -140,7 +141,11 @@ def test_a_whole_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(validation, "suite", lambda _tier: chosen)
     data = tiny_dataset(people=9, forget=3, holdout=6)
     options = ValidationOptions(
-        suite="quick", models=2, references=2, shadows=1, methods=parse_methods("graddiff:epochs=4")
+        suite="quick",
+        models=2,
+        references=2,
+        shadows=1,
+        methods=parse_methods("graddiff:epochs=1;learning_rate=1e-4,ga"),
     )
     with Run.open(tmp_path / "run", "bench", {"a": 1}) as run:
         shop = workshop(tmp_path / "run" / "models")
@@ -152,6 +157,7 @@ def test_a_whole_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert [p.stat().st_mtime_ns for p in measured] == times  # nothing was measured twice
         run.finish()
     rows = {r["name"]: r for r in results["rows"]}
+    assert results["unlearned"] == ["graddiff:epochs=1;learning_rate=1e-4"]
     assert results["populations"]["knowing"] == results["populations"]["ignorant"] == 2
     for name in ("completeness", "attack.logit-lens", "prob.forget", "loss.forget"):
         assert rows[name]["faithfulness"]["value"] == 1.0, name
@@ -159,6 +165,8 @@ def test_a_whole_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert rows[name]["faithfulness"]["low"] < 1.0  # four models prove little
     assert results["failures"]["broken"] == "no reason"
     assert rows["attack.loss"]["family"] == "membership"
+    # A method that destroys the model is left out of the robustness, and said.
+    assert "of the retain probability" in results["failures"].get("method ga", "")
     known, gone = (np.mean(rows["completeness"]["values"][g]) for g in ("knowing", "ignorant"))
     assert known > 0.6
     assert gone < 0.4

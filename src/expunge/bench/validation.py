@@ -31,6 +31,7 @@ from expunge.bench.plan import Entry
 from expunge.bench.prepare import Workshop, split_holdout
 from expunge.bench.study import slug
 from expunge.bench.trust import Values, trust
+from expunge.bench.trust_report import write
 from expunge.completeness import iam
 from expunge.completeness.calibration import calibrate
 from expunge.completeness.readings import Form, Readings
@@ -46,8 +47,10 @@ from expunge.training.loop import TrainOptions, fit
 
 SIZES = {"quick": 4, "standard": 6, "full": 12}  # models per population
 ANSWERS = {"quick": 0, "standard": 12, "full": 60}  # generated per role
-METHODS = "graddiff,npo,cluster"  # whose results the robustness is measured on
+METHODS = "npo,simnpo,cluster"  # whose results the robustness is measured on
 DATA = {"people": 24, "forget": 6, "holdout": 18, "utility": 20, "questions": 4}  # of people, if nothing is named
+KEPT = 0.8  # share of the original's probability on retain that an unlearned model must keep to count for robustness
+SMALLER: dict[str, dict[str, int]] = {"leakage": {"n": 16}}  # attacks that would take most of the time otherwise
 # Metrics of which less means more knowledge; of all others on the forget set, more does.
 FALLING = (
     *("loss", "perplexity", "truth_ratio", "kfr", "kfr_fluent", "privleak", "forget_quality.p_value"),
@@ -123,6 +126,7 @@ class Validation:
     progress: Progress = field(default_factory=Progress)
     failures: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    labels: list[str] = field(default_factory=list)  # the unlearned models of the robustness
     kinds: dict[str, tuple[str, str, bool]] = field(default_factory=dict)  # kind, family, falls with knowledge
 
     def __post_init__(self) -> None:
@@ -190,7 +194,7 @@ class Validation:
         for attack in self.attacks:
             started = time.perf_counter()
             try:
-                result = attack.run(exam, checkpoint, attack.configure({}))
+                result = attack.run(exam, checkpoint, attack.configure(SMALLER.get(attack.name, {})))
                 found |= self._attack_values(attack, exam, result)
             except Exception as error:  # one broken attack must not end the study; its reason is in the record
                 failed[attack.name] = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
@@ -294,6 +298,7 @@ class Validation:
             relearned = self._relearned(model)
             groups.setdefault("retrained_relearned", []).append(self.values(f"retrained-{k}-relearned", relearned))
         for label, model in self._unlearned():
+            self.labels.append(label)
             name = f"unlearned-{slug(label)}"
             groups.setdefault("unlearned", []).append(self.values(name, model))
             again = self.values(f"{name}-relearned", self._relearned(model))
@@ -315,6 +320,7 @@ class Validation:
         return copied.eval()
 
     def _unlearned(self) -> list[tuple[str, nn.Module]]:
+        """A model of each method that kept its utility: a destroyed one says nothing about hidden knowledge."""
         assert self.exam.original is not None
         made = []
         for entry in self.options.methods:
@@ -332,10 +338,23 @@ class Validation:
                 progress=self.progress,
             )
             try:
-                made.append((entry.label, entry.method(context, entry.configured()).model.eval()))
+                model = entry.method(context, entry.configured()).model.eval()
             except UserError as error:
                 self.failures[f"method {entry.label}"] = str(error)
+                continue
+            share = self._utility(Checkpoint.of(model, self.shop.adapter)) / self._utility(self.exam.original)
+            if share < KEPT:
+                reason = (
+                    f"left out of the robustness: it keeps {share:.0%} of the retain probability, {KEPT:.0%} needed"
+                )
+                self.failures[f"method {entry.label}"] = reason
+            else:
+                made.append((entry.label, model))
         return made
+
+    def _utility(self, checkpoint: Checkpoint) -> float:
+        """Mean probability of the retain samples."""
+        return float(np.nanmean([s.prob for s in checkpoint.signals(self.exam.samples["retain"])]))
 
     def complete(self) -> dict[str, Any]:
         """Everything, as the content of results.json."""
@@ -353,6 +372,7 @@ class Validation:
             "schema": "expunge.validation/1",
             "dataset": {"name": self.dataset.name, "source": self.dataset.source, "digest": self.dataset.digest()},
             "populations": {g: len(own) for g, own in groups.items()},
+            "unlearned": list(self.labels),
             "conditions": [way.condition for way in recipes(self.dataset)],
             "methods": [entry.label for entry in self.options.methods],
             "rows": rows,
@@ -373,9 +393,6 @@ def _order(row: Mapping[str, Any]) -> tuple[float, float, str]:
     return (-(combined if combined is not None else -1.0), -(faith if faith is not None else -1.0), row["name"])
 
 
-# -- what is written ---------------------------------------------------------------------------------------------
-
-
 def validate(
     run: Run, shop: Workshop, dataset: Dataset, options: ValidationOptions, progress: Progress | None = None
 ) -> dict[str, Any]:
@@ -387,90 +404,3 @@ def validate(
     results = Validation(run, shop, dataset, options, progress or Progress()).complete()
     write(run, results)
     return results
-
-
-def write(run: Run, results: Mapping[str, Any]) -> None:
-    """results.json, results.md and figures/validation.svg."""
-    run.write_json("results.json", results)
-    run.write_text("figures/validation.svg", draw(results["rows"]))
-    run.write_text("results.md", markdown(results))
-
-
-def headline(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Where the headline completeness stands among all measures, in one sentence."""
-    own = next((r for r in rows if r["name"] == "completeness"), None)
-    if own is None or own["faithfulness"]["value"] is None:
-        return "The completeness could not be measured."
-    faith = [r["faithfulness"]["value"] for r in rows if r["faithfulness"]["value"] is not None]
-    better = sum(f > own["faithfulness"]["value"] for f in faith)
-    equal = sum(f == own["faithfulness"]["value"] for f in faith) - 1
-    robust = "not measured" if own["robustness"] is None else f"{own['robustness']:.3f}"
-    return (
-        f"The headline completeness has a faithfulness of {own['faithfulness']['value']:.3f} "
-        f"({better} of {len(faith) - 1} other measures have more, {equal} the same) and a robustness of {robust}."
-    )
-
-
-def markdown(results: Mapping[str, Any]) -> str:
-    """The table, best combined value first, with the definitions and what failed."""
-    sizes = results["populations"]
-    lines = [
-        "# Validation of the measures",
-        "",
-        headline(results["rows"]),
-        "",
-        f"{sizes['knowing']} models with and {sizes['ignorant']} without the knowledge, conditions "
-        f"{', '.join(results['conditions'])}; robustness on models unlearned by {', '.join(results['methods'])}.",
-        "",
-        "| measure | kind | faithfulness | relearning | quantization | robustness | combined | passed |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in results["rows"]:
-        parts = [_cell(row[k]) for k in ("faithfulness", "relearning", "quantization")]
-        parts += ["–" if row[k] is None else f"{row[k]:.3f}" for k in ("robustness", "combined")]
-        lines.append(f"| {row['name']} | {row['kind']} | {' | '.join(parts)} | {row['passed']} |")
-    lines += [
-        "",
-        "Faithfulness: AUC of the measure, models with the knowledge above models without, with its 95 % interval "
-        "over models. Relearning: R = min((m_ret^a − m_ret^b) / (m_unl^a − m_unl^b), 1), one epoch on the forget "
-        "set. Quantization: Q = min(m_unl^b / m_unl^a, 1), 4 bits. b before, a after, higher m = more knowledge. "
-        "Robustness: harmonic mean of R and Q over the unlearned models that the measure itself calls unlearned "
-        "(passed). Combined: harmonic mean of faithfulness and robustness (OpenUnlearning, arXiv:2506.12618, sec. 4).",
-    ]
-    if results["failures"]:
-        lines += ["", "Not measured:", "", *(f"- {name}: {why}" for name, why in results["failures"].items())]
-    return "\n".join([*lines, ""])
-
-
-def _cell(record: Mapping[str, Any]) -> str:
-    if record["value"] is None:
-        return "–"
-    ends = [record["low"], record["high"]]
-    return f"{record['value']:.3f}" + ("" if None in ends else f" [{ends[0]:.2f}, {ends[1]:.2f}]")
-
-
-def draw(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Faithfulness against robustness, as SVG: up and right is better."""
-    from expunge.report.drawing import INK, look, new_figure, style, to_svg
-
-    kinds = ("completeness", "attack", "metric")
-    with style():
-        figure, (axes,) = new_figure(3.6)
-        for place, kind in enumerate(kinds):
-            own = [r for r in rows if r["kind"] == kind and r["robustness"] is not None]
-            points = [(r["robustness"], r["faithfulness"]["value"]) for r in own]
-            points = [(x, y) for x, y in points if y is not None]
-            if points:
-                mark = look(place)
-                axes.plot(*zip(*points, strict=True), mark["marker"], color=mark["color"], markersize=5, label=kind)
-        for row in rows:
-            if row["name"] == "completeness" and row["robustness"] is not None:
-                at = (row["robustness"], row["faithfulness"]["value"])
-                axes.annotate("headline", at, (-6, -12), textcoords="offset points", color=INK, ha="right")
-        axes.set_xlim(-0.03, 1.03)
-        axes.set_ylim(-0.03, 1.03)
-        axes.axhline(0.5, linewidth=0.8, linestyle=":", color=INK)
-        axes.set_xlabel("robustness: harmonic mean over relearning and quantization")
-        axes.set_ylabel("faithfulness (dotted: chance)")
-        axes.legend(loc="lower left", fontsize=7)
-        return to_svg(figure, "validation")

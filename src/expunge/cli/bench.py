@@ -134,7 +134,7 @@ def command(
     )
     more: list[str] = []
     if validate_metrics and result.plan is None:
-        from expunge.bench.validation import headline
+        from expunge.bench.trust_report import headline
 
         more = [headline(result.results["rows"])]
     tell(result, json, more)
