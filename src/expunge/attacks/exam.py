@@ -37,6 +37,7 @@ class Checkpoint:
     digest: str = ""
     cache: SignalCache | None = None
     max_tokens: int = 4096
+    path: str = ""  # where it came from, for the report
     _model: nn.Module | None = field(default=None, repr=False)
     _signals: dict[str, Signals] = field(default_factory=dict, repr=False)
     _answers: dict[tuple[str, int], str] = field(default_factory=dict, repr=False)

@@ -152,8 +152,8 @@ def examination(
         digest = digest_folder(path) if path.is_dir() else ""  # a hub name has no digest: nothing is kept of it
         here = load_model(folder, **request.loading)
         load = (lambda: model) if kind == "audited" else (lambda: load_model(folder, **request.loading).model)
-        dtype = f"{digest}/{request.dtype}/{request.device}" if digest else ""
-        return Checkpoint(name, kind, here.adapter, load, dtype, cache)
+        key = f"{digest}/{request.dtype}/{request.device}" if digest else ""
+        return Checkpoint(name, kind, here.adapter, load, key, cache, path=folder)
 
     aux, measured = split_holdout(dataset, AUX_SHARE)
     samples: dict[Role, list[Sample]] = chosen(measured, EvaluateOptions(suite=options.suite).resolved())

@@ -283,7 +283,9 @@ def _content(
     return {
         "schema": SCHEMA,
         "suite": wanted.tier,
-        "checkpoints": [{"name": c.name, "kind": c.kind} for c in [*exam.checkpoints, *exam.shadows]],
+        "checkpoints": [
+            {"name": c.name, "kind": c.kind, "path": c.path or None} for c in [*exam.checkpoints, *exam.shadows]
+        ],
         "samples": {role: len(own) for role, own in exam.samples.items()} | {"aux": len(exam.aux)},
         "vector": [tile(axis, rows, summary) for axis in AXES],
         "scores": [row.record() for row in rows],

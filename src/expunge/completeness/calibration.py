@@ -23,7 +23,7 @@ from expunge.errors import UserError
 Verdict = Literal["under-unlearned", "adequate", "over-unlearned", "not-auditable"]
 VERDICTS: tuple[Verdict, ...] = ("under-unlearned", "adequate", "over-unlearned", "not-auditable")
 PRIOR_SHADOWS = 4.0  # weight of the variance of all samples beside a sample's own, in shadows
-ANCHOR_SHARE = 0.15  # of the never-seen reading in the anchor of the score; see docs/completeness.md
+ANCHOR_SHARE = 0.1  # of the never-seen reading in the anchor of the score; see docs/completeness.md
 PROB_FLOOR = 1e-6  # a probability of exactly 0 or 1 has no logit
 
 
@@ -87,12 +87,14 @@ def calibrate(
             f"the holdout has {holdout.num_shadows} shadow(s) in form {holdout.form}, the samples have "
             f"{readings.num_shadows} in form {readings.form}: give the same models for both."
         )
-    whole_N = readings.complete()
-    kept = readings.select(whole_N)
+    order = sorted(range(len(readings)), key=lambda i: readings.ids[i])  # sums do not depend on the order of rows
+    place_N = np.array([i for i in order if readings.complete()[i]], dtype=np.intp)
+    kept = readings.select(place_N)
     beside = None if holdout is None else holdout.select(holdout.complete())
     if beside is not None and not len(beside):
         raise UserError("no holdout sample has a number under every model: give some, or leave the holdout out.")
-    notes = [] if whole_N.all() else [f"{int((~whole_N).sum())} sample(s) without a finite reading: not auditable."]
+    missing = len(readings) - len(kept)
+    notes = [f"{missing} sample(s) without a finite reading: not auditable."] if missing else []
 
     null = _Null.of(kept, beside)
     residual_N = null.residuals(evidence(kept.form, kept.unlearned_N))
@@ -106,7 +108,7 @@ def calibrate(
         notes.append("no original was given: which samples could have been told apart at all is not known.")
     else:
         auditable_N = null.p_beyond(gap_N) <= level if null.size else np.zeros(len(kept), dtype=bool)
-    if not null.size:
+    if not null.size and len(kept):
         notes.append("one shadow and no holdout: nothing to calibrate on, so no verdict; give a second shadow.")
     num = int(auditable_N.sum())
     if null.size and num and 1 / (1 + null.size) > fdr / num:
@@ -123,15 +125,15 @@ def calibrate(
 
     def spread(values: Floats) -> Floats:
         out = np.full(len(readings), np.nan)
-        out[whole_N] = values
+        out[place_N] = values
         return out
 
     verdicts: list[Verdict] = ["not-auditable"] * len(readings)
-    for place, able, under, over in zip(np.flatnonzero(whole_N), auditable_N, under_N, over_N, strict=True):
+    for place, able, under, over in zip(place_N, auditable_N, under_N, over_N, strict=True):
         if able:
             verdicts[place] = "under-unlearned" if under else "over-unlearned" if over else "adequate"
     able_all = np.zeros(len(readings), dtype=bool)
-    able_all[whole_N] = auditable_N
+    able_all[place_N] = auditable_N
     return Completeness(
         readings.ids,
         spread(score(kept)),
@@ -153,7 +155,7 @@ def calibrate(
 def score(readings: Readings) -> Floats:
     """(N,) evidence that a sample is still a member: its signal above an anchor between original and never-seen.
 
-    s_u - (1 - c) s_o - c mean_k s_k with IAM's signal s (increasing in the probability) and c = 0.15; offline
+    s_u - (1 - c) s_o - c mean_k s_k with IAM's signal s (increasing in the probability) and c = 0.1; offline
     s_u - mean_k s_k. A member reads like the original up to little noise, a forgotten sample like the shadows up to
     much: the anchor therefore lies near the original. Unlike IAM's score it does not depend on the other samples.
     """
@@ -295,29 +297,40 @@ def by_subject(readings: Readings, found: Completeness, holdout: Readings | None
         return []
     whole_N = readings.complete()
     kept = readings.select(whole_N)
-    subjects = np.array(list(kept.subjects or []))
-    names = list(dict.fromkeys(subjects.tolist()))
-    pool: list[float] = []
-    own = dict.fromkeys(names, np.nan)
-    if readings.num_shadows >= 2 and len(kept):
+    if not len(kept):
+        return []
+    names, codes_N = _codes(kept.subjects or [])
+    own_G = np.full(len(names), np.nan)
+    pool = np.zeros(0)
+    if readings.num_shadows >= 2:
         shadow_KN = evidence(kept.form, kept.shadow_KN)
-        groups = [subjects == name for name in names]
         own_spread = len(shadow_KN) > 2
-        residual_N = residuals(evidence(kept.form, kept.unlearned_N), shadow_KN, own_spread)
-        own = {name: float(residual_N[at].mean()) for name, at in zip(names, groups, strict=True)}
+        own_G = _group_means(residuals(evidence(kept.form, kept.unlearned_N), shadow_KN, own_spread), codes_N)
+        parts = []
         for part in (kept, holdout.select(holdout.complete()) if holdout is not None else None):
-            if part is None or part.subjects is None:
+            if part is None or part.subjects is None or not len(part):
                 continue
-            values_KN, labels = evidence(part.form, part.shadow_KN), np.array(list(part.subjects))
+            values_KN, labels_N = evidence(part.form, part.shadow_KN), _codes(part.subjects)[1]
             for k in range(len(values_KN)):
                 left_out_N = residuals(values_KN[k], np.delete(values_KN, k, axis=0), own_spread)
-                pool += [float(left_out_N[labels == name].mean()) for name in dict.fromkeys(labels.tolist())]
-    gone_N = found.completeness_N[whole_N]
+                parts.append(_group_means(left_out_N, labels_N))
+        pool = np.sort(np.concatenate(parts))
+    beyond_G = len(pool) - np.searchsorted(pool, own_G, side="left")
+    p_G = (1 + beyond_G) / (1 + len(pool)) if len(pool) else np.full(len(names), np.nan)
     able_N = found.auditable_N[whole_N]
-    answers = []
-    for name in names:
-        at = (subjects == name) & able_N
-        p_under = (1 + sum(v >= own[name] for v in pool)) / (1 + len(pool)) if pool else np.nan
-        completeness = float(gone_N[at].mean()) if at.any() else np.nan
-        answers.append(SubjectAnswer(name, int((subjects == name).sum()), completeness, float(p_under)))
-    return answers
+    with np.errstate(invalid="ignore"):
+        gone_G = _group_means(np.where(able_N, found.completeness_N[whole_N], 0.0), codes_N)
+        gone_G = gone_G / _group_means(able_N.astype(np.float64), codes_N)
+    sizes_G = np.bincount(codes_N)
+    return [SubjectAnswer(n, int(sizes_G[g]), float(gone_G[g]), float(p_G[g])) for g, n in enumerate(names)]
+
+
+def _codes(subjects: Sequence[str]) -> tuple[list[str], NDArray[np.intp]]:
+    """Subjects in order of first appearance, and the number of each sample's."""
+    numbers: dict[str, int] = {}
+    codes = [numbers.setdefault(s, len(numbers)) for s in subjects]
+    return list(numbers), np.array(codes, dtype=np.intp)
+
+
+def _group_means(values_N: Floats, codes_N: NDArray[np.intp]) -> Floats:
+    return np.asarray(np.bincount(codes_N, weights=values_N) / np.bincount(codes_N))
