@@ -39,12 +39,12 @@ RNG = np.random.default_rng(0)
 
 @cache
 def crowd() -> tuple[Exam, Checkpoint]:
-    """More people than the common exam has: 12 to forget, 48 retained, 22 never seen; and a retrain."""
-    data = tiny_dataset(people=60, forget=12, holdout=22)
+    """More people than the common exam has: 12 to forget, 30 retained, 22 never seen; and a retrain."""
+    data = tiny_dataset(people=42, forget=12, holdout=22)
     made = []
     for seed, samples in enumerate((data.private, data["retain"])):
         model = tiny_model(seed, width=48)
-        options = TrainOptions(epochs=60, batch_size=12, learning_rate=1e-2)
+        options = TrainOptions(epochs=80, batch_size=12, learning_rate=1e-2)
         fit(model, attack_cases.adapter(), list(samples), options, seed=seed)
         made.append(Checkpoint.of(model.eval(), attack_cases.adapter()))
     exam = Exam(
@@ -141,8 +141,9 @@ def test_facts_are_read_where_they_are_known() -> None:
     exam, other = crowd()
     found, gone = (fact_probe(exam, c, ProbeOptions()) for c in (exam.audited, other))
     reads = [np.nanmean(f.scores["fact-probe"]["forget"]) for f in (found, gone)]
-    assert reads[0] > reads[1] + 0.1
-    assert found.figures["fact-probe.selectivity"].value > gone.figures["fact-probe.selectivity"].value
+    assert reads[0] > reads[1] + 0.25
+    assert found.figures["fact-probe.selectivity"].low > 0.2  # above what shuffled labels give
+    assert gone.figures["fact-probe.selectivity"].value < 0.2
     # In a retrain forgotten people are read no better than people who were never there.
     scores = gone.scores["fact-probe"]
     assert auc(scores["forget"], scores["holdout"]) < 0.65
