@@ -7,12 +7,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+from tests.matrix import worlds
 from torch import nn
 
 import attack_cases
 from attack_cases import audited, exam
 from expunge.attacks.deltas import difference, norm_of, pull, weights
-from expunge.attacks.exam import Checkpoint
+from expunge.attacks.exam import Checkpoint, Exam
 from expunge.attacks.registry import Finding, get_attack
 from expunge.data.samples import Sample
 from expunge.errors import UserError
@@ -130,3 +131,21 @@ def test_the_limit_leaves_the_others_out_and_models_stay_as_they_were() -> None:
 def test_models_of_other_shapes_are_refused() -> None:
     with pytest.raises(UserError, match="different weights"):
         run(Checkpoint.of(tiny_model(0, width=48), attack_cases.adapter()))
+
+
+@pytest.mark.parametrize("name", ["resnet", "llava"])
+def test_classes_and_images(name: str) -> None:
+    world = worlds.world(name)
+    raised = copy.deepcopy(world.original)
+    raised.zero_grad()
+    loss = -world.adapter.positions(raised, list(world.forget)).log_prob_N().mean()
+    loss.backward()
+    with torch.no_grad():
+        for parameter in raised.parameters():
+            if parameter.grad is not None:
+                parameter.add_(1e-2 * parameter.grad)
+    after, before = (Checkpoint.of(m.eval(), world.adapter) for m in (raised, world.original))
+    both = Exam(audited=after, original=before, samples={"forget": list(world.forget), "holdout": list(world.unseen)})
+    scores = DELTA.run(both, after, DELTA.configure({})).scores["weight-delta"]
+    assert np.mean(scores["forget"]) > np.mean(scores["holdout"])
+    assert np.mean(scores["forget"]) > 0

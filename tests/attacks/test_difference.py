@@ -7,11 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from tests.matrix import worlds
 
 import attack_cases
 from attack_cases import exam, retrain
 from expunge.attacks.difference import DifferenceOptions, decode, guided, teacher_forced
-from expunge.attacks.exam import Checkpoint
+from expunge.attacks.exam import Checkpoint, Exam
 from expunge.attacks.registry import Finding, get_attack
 from expunge.errors import UserError
 from tiny_text import tiny_model
@@ -121,3 +122,16 @@ def test_wrong_input_is_told() -> None:
     model.resize_token_embeddings(70)
     with pytest.raises(UserError, match="64 tokens and the audited model 70"):
         run(Checkpoint.of(model.eval(), attack_cases.adapter()))
+
+
+@pytest.mark.parametrize("name", ["resnet", "llava"])
+def test_classes_and_images(name: str) -> None:
+    """The step from a model that knows to one that does not is read backwards, whatever the modality."""
+    world = worlds.world(name)
+    before, after = (Checkpoint.of(m.eval(), world.adapter) for m in (world.original, world.start))
+    both = Exam(audited=after, original=before, samples={"forget": list(world.forget), "holdout": list(world.unseen)})
+    found = DIFFERENCE.run(both, after, DIFFERENCE.configure({}))
+    assert found.figures["model-difference.gain"].value > 0.5
+    assert "model-difference.rouge_l" not in found.figures  # greedy answers are for text alone
+    scores = found.scores["model-difference"]
+    assert np.mean(scores["forget"]) > np.mean(scores["holdout"]) + 1

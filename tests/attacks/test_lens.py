@@ -7,6 +7,8 @@ import copy
 import numpy as np
 import pytest
 import torch
+from tests.matrix import worlds
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM
 
 import attack_cases
 from attack_cases import exam, retrain
@@ -113,3 +115,32 @@ def test_fact_tokens_are_those_that_only_the_right_answer_has() -> None:
     coded = adapter.encode(plain)
     # Everything stands in the prompt: the rule would leave nothing and is not applied; the end marker never counts.
     assert fact_tokens(adapter, plain, np.array(coded.ids[coded.first :])).tolist() == [True, True, False]
+
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+ENDS = {"vocab_size": 64, "bos_token_id": None, "eos_token_id": 2}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **ENDS)),
+        OPTForCausalLM(OPTConfig(ffn_dim=32, word_embed_proj_dim=32, **SIZES, **ENDS)),
+        GPTNeoXForCausalLM(GPTNeoXConfig(intermediate_size=32, **SIZES, **ENDS)),
+    ],
+    ids=["gpt2", "opt", "neox"],
+)
+def test_other_architectures_end_in_their_own_prediction(model: torch.nn.Module) -> None:
+    """The norm has another name in each; the last block through it must be what the model says."""
+    checkpoint = Checkpoint.of(model.eval(), attack_cases.adapter().bind(model))
+    samples = exam().forget[:3]
+    for signals, reading in zip(checkpoint.signals(samples), read(checkpoint, samples), strict=True):
+        assert len(reading.log_prob_KL) == 2
+        np.testing.assert_allclose(reading.log_prob_KL[-1], signals.log_prob_L, atol=1e-4)
+
+
+def test_reads_models_with_images() -> None:
+    world = worlds.world("llava")
+    known, blank = (Checkpoint.of(m.eval(), world.adapter) for m in (world.original, world.start))
+    reads = [np.mean([best_layer(r)[0] for r in read(c, world.forget)]) for c in (known, blank)]
+    assert reads[0] > -1 > reads[1]
