@@ -211,13 +211,18 @@ def test_a_protocol_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         real.bind(name, **options)
         given.update(options, name=name)
         (tmp_path / name).mkdir()
-        (tmp_path / name / "results.md").write_text("# Protocol\n")
+        (tmp_path / name / "results.md").write_text(
+            "# Protocol\n\n| score | auc |\n|---|---|\n| IAM-On |  |\n| p | 0.5 |\n"
+        )
         return {"protocol": name}
 
     monkeypatch.setattr(protocols, "run_protocol", stand_in)
-    line = "--protocol scoreui --data digits --data-option size=9 --init tiny --seed 3 --quick --set shadows=4"
-    assert expunge(*line.split(), "--out", tmp_path) == 0
-    assert capsys.readouterr().out == "# Protocol\n"
+    line = (
+        "--protocol scoreui --data digits --data-option size=9 --init tiny --seed 3 --quick --shadows 4"
+    )
+    assert expunge(*line.split(), "--set", "points=5", "--out", tmp_path) == 0
+    table = "score   auc\nIAM-On\np       0.5"
+    assert capsys.readouterr().out == f"# Protocol\n\n{table}\nwritten to {tmp_path / 'scoreui'}.\n"
     assert given.pop("progress") is not None
     assert given == {
         "name": "scoreui",
@@ -228,8 +233,10 @@ def test_a_protocol_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "model": None,
         "init": "tiny",
         "seed": 3,
+        "shadows": 4,
+        "groups": None,
         "quick": True,
-        "options": {"shadows": "4"},
+        "options": {"points": "5"},
     }
 
 

@@ -114,7 +114,9 @@ def unfit(estimate: Estimate, margin: float, two_sided: bool) -> bool:
 def blind(exam: Exam, checkpoint: Checkpoint, options: BlindOptions) -> Finding:
     """Whether forget and holdout differ in their words or lengths, without any model.
 
-    Gives figures and no scores: it is a check of the split, not an attack on the checkpoint.
+    Gives figures and no scores: it is a check of the split, not an attack on the checkpoint. Where a classifier that
+    never asks a model tells the two apart, ``blind.words_auc`` or ``blind.length_auc`` is away from 0.5, and membership
+    scores may measure the split. The report then calls it unfit; differences from a retrained model still count.
     """
     key = (__name__, options)
     if key not in exam.shared:

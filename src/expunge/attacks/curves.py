@@ -95,7 +95,11 @@ def relearn_forget(exam: Exam, checkpoint: Checkpoint, options: CurveOptions) ->
     modalities={"text", "multimodal"},
 )
 def relearn_topical(exam: Exam, checkpoint: Checkpoint, options: CurveOptions) -> Finding:
-    """Retain and auxiliary samples nearest in topic (TF-IDF, other subjects) are learnt; all forget is measured."""
+    """Retain and auxiliary samples nearest in topic (TF-IDF, other subjects) are learnt; all forget is measured.
+
+    An attacker without the forget set takes public texts on the same topic. High means that these bring the forgotten
+    answers back; what the reference gains in the same training is what any model would learn from them.
+    """
 
     def choose() -> list[Sample]:
         return topical(exam.forget, pool(exam), options.samples)
@@ -117,7 +121,8 @@ def relearn_topical(exam: Exam, checkpoint: Checkpoint, options: CurveOptions) -
 def relearn_syntactic(exam: Exam, checkpoint: Checkpoint, options: CurveOptions) -> Finding:
     """Retain and auxiliary samples whose questions have the same frame are learnt; all forget is measured.
 
-    A frame is the question with names and content words masked, see :mod:`expunge.attacks.neighbours`.
+    A frame is the question with names and content words masked. Likeness of form, more than of topic, is what brings
+    answers back in the paper. High means that they came back; compare with the reference under the same training.
     """
 
     def choose() -> list[Sample]:

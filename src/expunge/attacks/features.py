@@ -174,7 +174,7 @@ class CamiaOptions:
     tier="quick",
     access="log-probabilities",
     paper="Chang et al. 2024, arXiv:2409.13745",
-    formula="features -> share of unseen texts at least as high -> Fisher's or the mean p-value",
+    formula="each feature -> share q of unseen texts at least as high; -log of Fisher's combined q, or 1 - mean q",
     options=CamiaOptions,
     passes=0.5,  # over the unseen texts
     needs=("aux",),
@@ -182,6 +182,11 @@ class CamiaOptions:
 )
 def camia(exam: Exam, checkpoint: Checkpoint, options: CamiaOptions) -> Finding:
     """Features of the course of the loss, each against texts that no model has seen, combined.
+
+    The features, each turned so that higher speaks for a member: mean loss, also of the first 200 and 300 tokens and by
+    the share of distinct tokens; share of tokens likelier than 1, 2, 3 nats, than the text's mean and than the mean so
+    far; slope of the loss; Lempel-Ziv phrases and approximate entropy of its course. Fisher's value ranks texts and is
+    no valid p-value, since the features of a text depend on one another.
 
     The passes over a repeated text, which the paper adds, are left out: they are no signals of one pass. Unlike in the
     paper's code, neither the direction of a feature nor the combination looks at who is a member.

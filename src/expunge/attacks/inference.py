@@ -164,8 +164,10 @@ class InferenceOptions:
 def dataset_inference(exam: Exam, checkpoint: Checkpoint, options: InferenceOptions) -> Finding:
     """All texts of a subject together, against the subjects of the holdout set.
 
-    Every sample gets the t of its subject; a holdout subject is compared with the other holdout subjects. Details
-    carry each subject's p-values. Weights are learnt anew for every checkpoint, from texts outside of the evaluation.
+    A text's scores are the features of CAMIA, zlib, Min-K%, Min-K%++ and SURP. Every sample gets the t of its
+    subject; a holdout subject is compared with the other holdout subjects. Details carry each subject's p-values,
+    figures the share of subjects found and the p-value of a permutation of all of them. Weights are learnt anew for
+    every checkpoint, from texts outside of the evaluation.
     """
     unseen_NF, members_NF = (matrix(exam, checkpoint, texts) for texts in (exam.aux, exam.trained))
     weights = learn(unseen_NF, members_NF, options.ridge)

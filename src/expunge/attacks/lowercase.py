@@ -36,7 +36,9 @@ def lowercase_score(signals: Signals, lower: Signals) -> float:
 def lowercase(exam: Exam, checkpoint: Checkpoint, options: NoOptions) -> Finding:
     """Loss of the text against the loss of the same text in lower case.
 
-    A text without capitals is its own lower case and gets nan: the score would be -1 whatever the model knows.
+    Near 0 when lower case alone makes a known text strange, -1 when case makes no difference, as on a text that was
+    never seen. A text without capitals is its own lower case and gets nan: the score would be -1 whatever the model
+    knows.
     """
     roles = measured(exam)
     scores = {role: _scores(checkpoint, samples) for role, samples in roles.items()}

@@ -212,7 +212,11 @@ def scored(exam: Exam, checkpoint: Checkpoint, **columns: Callable[[Signals], fl
     modalities=ALL,
 )
 def loss_attack(exam: Exam, checkpoint: Checkpoint, options: NoOptions) -> Finding:
-    """Mean log-probability of the target tokens."""
+    """Mean log-probability of the target tokens.
+
+    The LOSS attack, minus the sample's cross-entropy in nats per token. Easy texts score high whether they were
+    learnt or not, so it is the weakest of the family and the base line of the others.
+    """
     return scored(exam, checkpoint, loss=loss_score)
 
 
@@ -226,7 +230,11 @@ def loss_attack(exam: Exam, checkpoint: Checkpoint, options: NoOptions) -> Findi
     modalities=WORDS,
 )
 def zlib_attack(exam: Exam, checkpoint: Checkpoint, options: NoOptions) -> Finding:
-    """Log-perplexity over the compressed length of the text."""
+    """Log-perplexity over the compressed length of the text.
+
+    The compressed length stands for how hard any reader would find the text, so that repetitive texts are not taken for
+    members. It needs no other model.
+    """
     return scored(exam, checkpoint, zlib=zlib_score)
 
 
@@ -248,7 +256,11 @@ class MinKOptions:
     modalities=WORDS,
 )
 def min_k_attack(exam: Exam, checkpoint: Checkpoint, options: MinKOptions) -> Finding:
-    """Mean log-probability of the least likely tokens."""
+    """Mean log-probability of the least likely tokens.
+
+    Min-K% Prob: a text that was never seen holds a few tokens that the model finds very unlikely; a member has none
+    left.
+    """
     return scored(exam, checkpoint, min_k=lambda s: min_k_score(s, options.percent))
 
 
@@ -263,7 +275,11 @@ def min_k_attack(exam: Exam, checkpoint: Checkpoint, options: MinKOptions) -> Fi
     modalities=ALL,
 )
 def min_k_plus_plus_attack(exam: Exam, checkpoint: Checkpoint, options: MinKOptions) -> Finding:
-    """Least likely tokens after each is measured against what the model itself would draw there."""
+    """Least likely tokens after each is measured against what the model itself would draw there.
+
+    Min-K%++: log p of the token in standard deviations from its mean under the model's own prediction. The moments are
+    weighted by p over the whole vocabulary, as in the paper; an unweighted mean over the vocabulary is another score.
+    """
     return scored(exam, checkpoint, **{"min_k++": lambda s: min_k_plus_plus_score(s, options.percent)})
 
 
@@ -286,5 +302,9 @@ class SurpOptions:
     modalities=WORDS,
 )
 def surp_attack(exam: Exam, checkpoint: Checkpoint, options: SurpOptions) -> Finding:
-    """Log-probability of the tokens that surprised a model which was sure of something else."""
+    """Log-probability of the tokens that surprised a model which was sure of something else.
+
+    SURP: tokens of low probability at places of low entropy. On a member there are few, and they are less unlikely.
+    Where no token is both, the one of the lowest k % at which the model was surest stands for them.
+    """
     return scored(exam, checkpoint, surp=lambda s: surp_score(s, options.percent, options.entropy))

@@ -102,7 +102,12 @@ def prompted_answers(exam: Exam, checkpoint: Checkpoint, options: PromptingOptio
     modalities={"text", "multimodal"},
 )
 def many_shot(exam: Exam, checkpoint: Checkpoint, options: Any) -> Finding:
-    """As many answered questions on other subjects as the context holds come before the one that is measured."""
+    """As many answered questions on other subjects as the context holds come before the one that is measured.
+
+    The shots are retained samples that are not measured, or else retain, or else auxiliary ones, never of the
+    sample's own subject. ``many-shot`` is the mean log-probability of the answer's tokens, ``many-shot.answers`` the
+    ROUGE-L recall of the greedy answer. A sample beside which no shot fits has none (nan).
+    """
     forced = tried("many-shot", ["many_shot"], exam, checkpoint, ("forget", "holdout"))
     spoken = tried("many-shot.answers", ["many_shot"], exam, checkpoint, ("forget",))
     kept = {name: {**forced.scores, **spoken.scores}[name] for name in ("many-shot", "many-shot.answers")}

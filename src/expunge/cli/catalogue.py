@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import pkgutil
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,10 +25,17 @@ SHOWN = {
     "family": "family",
     "tier": "from suite",
     "access": "attacker sees",
+    "high": "a high score",
     "passes": "cost in passes",
     "definition": "definition",
     "direction": "good is",
     "licence": "licence",
+}
+# What a high score of an attack says, by its family; scores are always turned this way round.
+HIGH = {
+    "membership": "the sample is more likely one that the model was trained on",
+    "extraction": "more of the text or its facts can be got out",
+    "recovery": "more comes back under the attack",
 }
 
 
@@ -111,16 +119,29 @@ def _entry(kind: str, name: str, found: Any) -> Entry:
         return next((str(value) for key in names if (value := getattr(found, key, ""))), "")
 
     options = getattr(found, "options", None)
+    properties = {key: getattr(found, key) for key in SHOWN if hasattr(found, key)}
+    if kind == "attacks":
+        properties["high"] = HIGH[properties["family"]]
     return Entry(
         kind=kind,
         name=name,
         summary=get("summary"),
         source=get("paper", "origin", "source"),
         formula=get("formula"),
-        properties={key: getattr(found, key) for key in SHOWN if hasattr(found, key)},
+        properties=properties,
         options=_options(options) if isinstance(options, type) else (),
-        doc=get("doc"),
+        doc=readable(get("doc"), get("summary")),
     )
+
+
+def readable(doc: str, summary: str) -> str:
+    """A docstring for users: without the first line, where that is the summary, and without roles and double ticks.
+
+    >>> readable("Adds one.\n\nSee :func:`add`, or ``--fast``.\n\nRaises:\n    UserError: x.", "Adds one.")
+    'See `add`, or `--fast`.'
+    """
+    text = doc.removeprefix(summary).split("\nRaises:\n")[0]
+    return re.sub(r":\w+:(?=`)", "", text).replace("``", "`").strip()
 
 
 def _options(options: type[Any]) -> tuple[Mapping[str, Any], ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from expunge.cli.common import DataDir, DataOption, Json, Quiet, Seed, emit, key_values, progress
+from expunge.cli.common import DataDir, DataOption, Json, Quiet, Seed, emit, key_values, progress, table
 from expunge.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,11 +61,17 @@ def command(
     init: Annotated[
         str | None, typer.Option("--init", help="With --protocol: or a new small base, tiny-test, tiny or small.")
     ] = None,
+    shadows: Annotated[
+        int | None, typer.Option("--shadows", min=1, help="With --protocol: shadow models in each group.")
+    ] = None,
+    groups: Annotated[
+        int | None, typer.Option("--groups", min=1, help="With --protocol: groups of shadows, for the intervals.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="With --protocol: a smaller form, under a minute.")] = False,
     set_: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="With --protocol: its option, e.g. shadows=4; repeat for more."
+            "--set", metavar="KEY=VALUE", help="With --protocol: its option, e.g. targets=2; repeat for more."
         ),
     ] = None,
     seed: Seed = 0,
@@ -82,6 +89,7 @@ def command(
       expunge completeness --signals table.csv --form classifier --holdout unseen.csv --out runs/completeness
       expunge completeness --signals table.csv --form text --parity --json
       expunge completeness --protocol binui --data people --quick --out runs/protocols
+      expunge completeness --protocol scoreui --data digits --shadows 4 --groups 6 --out runs/digits
     """
     if protocol is not None:
         if signals is not None or form is not None or out is None:
@@ -97,11 +105,14 @@ def command(
             model=model,
             init=init,
             seed=seed,
+            shadows=shadows,
+            groups=groups,
             quick=quick,
             options=key_values(set_),
             progress=progress(quiet),
         )
-        emit(results, (out / protocol / "results.md").read_text(encoding="utf-8"), json)
+        page = (out / protocol / "results.md").read_text(encoding="utf-8")
+        emit(results, f"{aligned(page)}\nwritten to {out / protocol}.", json)
         return
     if signals is None or form is None:
         raise UserError("nothing to measure: give --signals TABLE and --form text or classifier, or --protocol NAME.")
@@ -137,3 +148,15 @@ def rows(answer: Answer) -> str:
     lines = ["  ".join(line).rstrip() for line in zip(*cells, strict=True)]
     folder = [f"written to {answer.folder}."] if answer.folder else []
     return "\n".join([*lines, "", *answer.lines(), *folder])
+
+
+def aligned(page: str) -> str:
+    """The tables of a Markdown page with their columns aligned for a terminal; other lines as they are."""
+    lines: list[str] = []
+    for is_table, block in groupby(page.splitlines(), lambda line: line.startswith("|")):
+        if is_table:
+            cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in block if line[:4] != "|---"]
+            lines += table(cells).rstrip("\n").split("\n")
+        else:
+            lines += block
+    return "\n".join(lines)

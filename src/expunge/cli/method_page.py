@@ -17,32 +17,32 @@ COLUMNS = ("method", "what it does", "objective", "needs", "uses if given", "hel
 def generated() -> str:
     """A table of all methods with their declared properties, then each one's source and defaults."""
     entries = catalogue("methods").values()
-    lines = [_row(COLUMNS), _row(["---"] * len(COLUMNS)), *(_row(_cells(e)) for e in entries), ""]
+    lines = [row(COLUMNS), row(["---"] * len(COLUMNS)), *(row(_cells(e)) for e in entries), ""]
     lines += ["Sources and defaults (`expunge show NAME` says what each option means):", ""]
-    lines += [f"- **`{e.name}`**: {_escaped(e.source)}. {_defaults(e)}" for e in entries]
+    lines += [f"- **`{e.name}`**: {escaped(e.source)}. {_defaults(e)}" for e in entries]
     flagship = catalogue("methods")["cluster"]
-    lines += ["", "Options of `cluster`:", "", _row(["option", "default", "meaning"]), _row(["---"] * 3)]
-    lines += [_row([f"`{o['name']}`", _value(o["default"]), _escaped(_meaning(o))]) for o in flagship.options]
+    lines += ["", "Options of `cluster`:", "", row(["option", "default", "meaning"]), row(["---"] * 3)]
+    lines += [row([f"`{o['name']}`", value(o["default"]), escaped(_meaning(o))]) for o in flagship.options]
     return "\n".join(lines)
 
 
-def filled(page: str) -> str:
-    """``page`` with its generated part written anew.
+def filled(page: str, text: str | None = None) -> str:
+    """``page`` with its generated part written anew: ``text``, or the methods.
 
     Raises:
         UserError: the page has no place for it.
     """
     if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
         raise UserError(f"the page has no place for the table: put a line '{BEGIN}' and, after it, '{END}' there.")
-    return f"{page[: page.index(BEGIN)]}{BEGIN}\n{generated()}\n{page[page.index(END) :]}"
+    return f"{page[: page.index(BEGIN)]}{BEGIN}\n{generated() if text is None else text}\n{page[page.index(END) :]}"
 
 
 def _cells(entry: Entry) -> list[str]:
     found = entry.properties
     return [
         f"`{entry.name}`",
-        _escaped(entry.summary),
-        _escaped(entry.formula) or "",
+        escaped(entry.summary),
+        escaped(entry.formula) or "",
         ", ".join(sorted(found["needs"])),
         ", ".join(sorted(found["wants"])),
         "yes" if found["helpers_hold_data"] else "no",
@@ -52,7 +52,7 @@ def _cells(entry: Entry) -> list[str]:
 
 def _defaults(entry: Entry) -> str:
     own = [o for o in entry.options if o["name"] in ("epochs", "learning_rate", "retain", "gamma", "alpha", "beta")]
-    return "Defaults: " + ", ".join(f"`{o['name']}` {_value(o['default'])}" for o in own) + "."
+    return "Defaults: " + ", ".join(f"`{o['name']}` {value(o['default'])}" for o in own) + "."
 
 
 def _meaning(option: object) -> str:
@@ -61,15 +61,15 @@ def _meaning(option: object) -> str:
     return str(option["meaning"]) + (f" ({choices})" if choices else "")
 
 
-def _value(value: object) -> str:
+def value(value: object) -> str:
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
     return text.replace("|", "\\|").rstrip(".")
 
 
-def _row(cells: Sequence[str]) -> str:
+def row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 

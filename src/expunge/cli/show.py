@@ -37,7 +37,7 @@ def describe(entry: Entry) -> str:
     rows = [(label, text) for label, text in head if text]
     rows += [(SHOWN[key], _words(value)) for key, value in entry.properties.items()]
     text = f"{entry.name} ({entry.kind.removesuffix('s')}): {entry.summary}\n\n{table(rows, indent=2)}"
-    if entry.doc and entry.doc != entry.summary:
+    if entry.doc:
         text += f"\n{entry.doc}\n"
     if entry.options:
         text += "\nOptions:\n" + table([_option(o) for o in entry.options], indent=2)
