@@ -159,7 +159,7 @@ def test_a_whole_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     rows = {r["name"]: r for r in results["rows"]}
     assert results["unlearned"] == ["graddiff:epochs=1;learning_rate=1e-4"]
     assert results["populations"]["knowing"] == results["populations"]["ignorant"] == 2
-    for name in ("completeness", "attack.logit-lens", "prob.forget", "loss.forget"):
+    for name in ("completeness", "completeness.attacked", "attack.logit-lens", "prob.forget", "loss.forget"):
         assert rows[name]["faithfulness"]["value"] == 1.0, name
         assert rows[name]["faithfulness"]["n"] == 4
         assert rows[name]["faithfulness"]["low"] < 1.0  # four models prove little
@@ -182,7 +182,7 @@ def test_the_headline_says_where_completeness_stands() -> None:
         return {"name": name, "faithfulness": {"value": faith}, "robustness": None}
 
     assert "(1 of 2 other measures have more, 1 the same)" in headline(
-        [row("completeness", 0.9), row("a", 0.95), row("b", 0.9), row("c", None)]
+        [row("completeness.attacked", 0.9), row("a", 0.95), row("b", 0.9), row("c", None)]
     )
     assert "could not be measured" in headline([row("a", 1.0)])
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from expunge.attacks.exam import Checkpoint, Exam
 from expunge.attacks.quantization import quantized
-from expunge.attacks.registry import Attack, Finding, suite
+from expunge.attacks.registry import Attack, Finding, get_attack, suite
 from expunge.bench.evaluate import EvaluateOptions, Evaluation, References, evaluate
 from expunge.bench.plan import Entry
 from expunge.bench.prepare import Workshop, split_holdout
@@ -35,6 +35,7 @@ from expunge.bench.trust_report import write
 from expunge.completeness import iam
 from expunge.completeness.calibration import calibrate
 from expunge.completeness.readings import Form, Readings
+from expunge.completeness.views import PLAIN, VIEWS, under_attack, view_of
 from expunge.data.samples import Dataset, Role, Sample
 from expunge.errors import UserError, unknown
 from expunge.methods.registry import Context
@@ -188,7 +189,7 @@ class Validation:
             return {k: math.nan if v is None else float(v) for k, v in kept["values"].items()}
         self.progress.say(f"measuring {name}")
         checkpoint = Checkpoint.of(model.eval(), self.shop.adapter, "audited", name)
-        found = {**self._completeness(checkpoint), **self._metrics(checkpoint)}
+        found = {**self._completeness(checkpoint), **self._metrics(checkpoint), **self._attacked(checkpoint)}
         exam = replace(self.exam, audited=checkpoint)
         failed: dict[str, str] = {}
         for attack in self.attacks:
@@ -256,8 +257,42 @@ class Validation:
             "completeness.score": float(np.nanmean(answer.score_N)),
             "iam.published": float(np.nanmean(known)),
         }
-        self.kinds |= {n: ("completeness", "headline" if n == "completeness" else "beside", False) for n in found}
+        self.kinds |= dict.fromkeys(found, ("completeness", "beside", False))
         return found
+
+    def _attacked(self, checkpoint: Checkpoint) -> dict[str, float]:
+        """Completeness in its worst view: as served, rounded, best prompt, relearnt; the headline of an audit."""
+        assert self.exam.original is not None
+        everyone = [checkpoint, *self.exam.references, *self.exam.shadows, self.exam.original]
+        names = [c.name for c in everyone]
+        plain = self._readings(checkpoint, "forget"), self._readings(checkpoint, "holdout")
+        views: dict[str, tuple[Readings, Readings | None]] = {PLAIN: plain}
+        for score, view in VIEWS.items():
+            entry = get_attack(score.split(".", maxsplit=1)[0])
+            if entry.missing(self.exam):
+                continue
+            by_model = {c.name: self._scores(entry, c)[score] for c in everyone}
+            forget = view_of({n: s["forget"] for n, s in by_model.items()}, plain[0], names)
+            beside = view_of({n: s["holdout"] for n, s in by_model.items()}, plain[1], names)
+            views[view] = forget, beside
+        worst = under_attack(views).answer
+        under = np.array([v == "under-unlearned" for v in worst.verdict_N], dtype=float)
+        found = {
+            "completeness.attacked": 1 - float(np.nanmean(worst.completeness_N)),
+            "completeness.attacked.under": float(under.mean()),
+        }
+        self.kinds["completeness.attacked"] = ("completeness", "headline", False)
+        self.kinds["completeness.attacked.under"] = ("completeness", "beside", False)
+        return found
+
+    def _scores(self, entry: Attack, checkpoint: Checkpoint) -> Mapping[str, Any]:
+        """What an attack says of a checkpoint; of those that stay the same through the study only once."""
+        key = ("validation", entry.name, checkpoint.name)
+        if checkpoint.kind == "audited":
+            return entry.run(replace(self.exam, audited=checkpoint), checkpoint, entry.configure({})).scores
+        if key not in self.exam.shared:
+            self.exam.shared[key] = entry.run(self.exam, checkpoint, entry.configure({})).scores
+        return dict(self.exam.shared[key])
 
     def _readings(self, checkpoint: Checkpoint, role: Any) -> Readings:
         samples = self.exam.samples[role]
