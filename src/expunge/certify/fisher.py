@@ -1,8 +1,8 @@
 """Collateral change by forward-mode Fisher: how far an edit moved the output distributions, to second order.
 
 For Δ = θ_unlearned − θ_original, KL(p_original ‖ p_unlearned) at a position t is ½ Var_{y~p_t}[(J_t Δ)_y] + O(‖Δ‖³)
-with the Jacobian J_t of the logits: the full (not diagonal) Fisher form, by one forward-mode pass per batch. The direct KL
-is measured beside it, so the remainder is known and not assumed. A small number certifies a *small change*, which on
+with the Jacobian J_t of the logits: the full (not diagonal) Fisher form, by one forward-mode pass per batch. The direct
+KL is measured beside it, so the remainder is known and not assumed. A small number certifies a *small change*, which on
 retain data is what one wants; on forget data it would mean that nothing was forgotten.
 
 Shape suffixes: N target positions, V vocabulary or classes, S samples.
