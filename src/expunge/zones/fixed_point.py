@@ -84,17 +84,18 @@ class RandomFeatures:
     @cached_property
     def frequencies_ED(self) -> NDArray[np.int32]:
         """Ticks per unit of key, with :data:`FREQUENCY_BITS` binary places."""
-        drawn_ED = np.random.RandomState(self.seed).standard_normal((self.width, self.count))
+        drawn_ED = np.random.RandomState([self.seed, 0]).standard_normal((self.width, self.count))
         return fixed(drawn_ED * (TURN / (2 * math.pi)), FREQUENCY_BITS)
 
     @cached_property
     def phases_D(self) -> NDArray[np.int64]:
-        return np.random.RandomState(self.seed + 1).randint(0, TURN, self.count).astype(np.int64)
+        return np.random.RandomState([self.seed, 1]).randint(0, TURN, self.count).astype(np.int64)
 
     @cached_property
     def cosines(self) -> NDArray[np.int16]:
         """round(511 cos) at every tick of a turn."""
-        return np.rint(FEATURE_ONE * np.cos(2 * math.pi * np.arange(TURN) / TURN)).astype(np.int16)
+        heights: Doubles = np.cos(np.arange(TURN, dtype=np.float64) * (2 * math.pi / TURN))
+        return np.rint(FEATURE_ONE * heights).astype(np.int16)
 
     @property
     def square(self) -> float:
@@ -107,11 +108,16 @@ class RandomFeatures:
             raise UserError(f"keys are {keys_NE.shape[1]} wide, the random features {self.width}: use the same model.")
         sums_ND = exact_product(keys_NE.T, self.frequencies_ED).astype(np.int64)
         ticks_ND = (sums_ND >> (KEY_BITS + FREQUENCY_BITS)) + self.phases_D
-        return self.cosines[ticks_ND & (TURN - 1)]
+        features_ND: NDArray[np.int16] = self.cosines[ticks_ND & (TURN - 1)]
+        return features_ND
 
     def digest(self) -> str:
         """SHA-256 of what the features are made of."""
-        parts = {"frequencies": self.frequencies_ED, "phases": self.phases_D, "cosines": self.cosines}
+        parts: dict[str, Integers] = {
+            "frequencies": self.frequencies_ED,
+            "phases": self.phases_D,
+            "cosines": self.cosines,
+        }
         return digest_arrays(parts)
 
 
@@ -120,7 +126,6 @@ class Moments:
     """Exact sums over rows: ``gram`` = ΣzzT, ``cross`` = Σz tT for integer features z and integer targets t.
 
     ``uses_V`` counts the rows whose target token is the column's, so that a column used by no one can be told.
-    ``bounds`` adds up rows · max|z|² and rows · max|z| · max|t|, beyond which a sum cannot go.
     """
 
     gram_DD: Doubles
@@ -130,6 +135,7 @@ class Moments:
 
     @classmethod
     def of(cls, features_ND: Integers, targets_NV: Integers, tokens_N: Integers) -> Moments:
+        """Moments of some rows; ``tokens_N`` is the column of each row's target token."""
         uses_V = np.bincount(tokens_N, minlength=targets_NV.shape[1]).astype(np.int64)
         gram_DD, cross_DV = exact_product(features_ND, features_ND), exact_product(features_ND, targets_NV)
         return cls(gram_DD, cross_DV, uses_V, features_ND.shape[0])
