@@ -57,6 +57,7 @@ class EvaluateOptions:
     level: float = option(0.95, "confidence level of the intervals")
     auditable_gap: float = option(0.5, "nats per token by which a reference's loss must exceed the original's")
     max_tokens: int = option(4096, "padded tokens in one pass")
+    verdicts: bool = option(True, "judge forget samples by the rule of bench/verdicts.py; an audit calibrates its own")
 
     def resolved(self) -> EvaluateOptions:
         """The same with every none filled in.

@@ -78,7 +78,7 @@ def sample_rows(desk: Desk) -> list[dict[str, Any]]:
             if original:
                 row["original_loss"] = number(original[0][i])
             row |= {"position": None, "verdict": None}
-            if role == "forget" and reference and original:
+            if role == "forget" and reference and original and desk.options.verdicts:
                 ends = float(reference[0][i]), float(original[0][i])
                 row["verdict"] = verdict_of(signals.loss, *ends, desk.options.auditable_gap)
                 if row["verdict"] != "not-auditable":
@@ -89,6 +89,8 @@ def sample_rows(desk: Desk) -> list[dict[str, Any]]:
 
 def verdicts(desk: Desk, rows: Sequence[Mapping[str, Any]]) -> None:
     """Share of each verdict among the auditable forget samples; of "not-auditable" among all."""
+    if not desk.options.verdicts:
+        return
     judged = [r for r in rows if r["verdict"] is not None]
     if not judged:
         desk.skipped["verdict"] = "verdicts need the original and at least one reference model"
