@@ -10,10 +10,12 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
+from expunge.attacks.continuations import room_for
 from expunge.attacks.registry import Need
 from expunge.data.samples import Modality, Role, Sample
 from expunge.errors import UserError
 from expunge.models.adapter import Adapter
+from expunge.models.text import TextAdapter
 from expunge.progress import Progress
 from expunge.signals.cache import SignalCache
 from expunge.signals.forward import collect
@@ -79,7 +81,9 @@ class Checkpoint:
         return [replace(self._signals[k], id=s.id, subject=s.subject) for k, s in zip(keys, samples, strict=True)]
 
     def answers(self, samples: Sequence[Sample], max_new_tokens: int = 64) -> list[str]:
-        """Greedy answers to the prompts, kept in memory."""
+        """Greedy answers to the prompts, kept in memory; at most half the context long, so that prompts stay whole."""
+        if isinstance(self.adapter, TextAdapter):
+            max_new_tokens = room_for(self.adapter, max_new_tokens)
         keys = [(key_of(s), max_new_tokens) for s in samples]
         fresh = {k: s for k, s in zip(keys, samples, strict=True) if k not in self._answers}
         if fresh:

@@ -14,6 +14,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,6 +31,7 @@ Family = Literal["membership", "extraction", "recovery"]
 Tier = Literal["quick", "standard", "full"]
 TIERS: tuple[Tier, ...] = ("quick", "standard", "full")
 Access = Literal["text", "log-probabilities", "weights", "both checkpoints"]
+OWN_FILE = "expunge_attack_"  # module name of an attack given as path/to/file.py:name
 Need = Literal["holdout", "aux", "retain", "original", "other", "base", "probes", "names", "llm", "utility"]
 
 
@@ -56,6 +58,8 @@ class Attack:
 
     ``passes``: cost as multiples of one forward pass over the attacked samples (a backward pass counts 2 more);
     0 for what reads signals that every audit has. ``needs``: without these it is skipped, and the report says so.
+    ``two_sided``: showing less than a retrained model speaks against the audited one too. It does not where the score
+    is a trace of the request (retrained models show it as well, and a model that shows none of it is no worse).
     """
 
     name: str
@@ -70,6 +74,7 @@ class Attack:
     passes: float = 0.0
     needs: frozenset[Need] = frozenset()
     modalities: frozenset[Modality] = frozenset({"text"})
+    two_sided: bool = True
 
     def missing(self, exam: Exam) -> str | None:
         """Why this attack cannot be run in this exam, as a clause; None when it can."""
@@ -134,12 +139,18 @@ def attack(
 
 def all_attacks() -> dict[str, Attack]:
     """Every attack by name: the modules of this package, then entry points of group ``expunge.attacks``."""
+    _import_all()
+    return dict(sorted(_ATTACKS.items()))
+
+
+@cache
+def _import_all() -> None:
+    """Once per process: the entry points of an environment are slow to read."""
     package = importlib.import_module("expunge.attacks")
     for found in pkgutil.iter_modules(package.__path__, "expunge.attacks."):
         importlib.import_module(found.name)
     for entry in entry_points(group="expunge.attacks"):
         entry.load()
-    return dict(sorted(_ATTACKS.items()))
 
 
 def get_attack(name: str) -> Attack:
@@ -152,12 +163,12 @@ def get_attack(name: str) -> Attack:
         path, _, wanted = name.rpartition(":")
         if not Path(path).is_file():
             raise UserError(f"attack file '{path}' does not exist: give path/to/file.py:name.")
-        spec = importlib.util.spec_from_file_location(f"expunge_attack_{Path(path).stem}", path)
+        spec = importlib.util.spec_from_file_location(f"{OWN_FILE}{Path(path).stem}", path)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # dataclasses of the file look themselves up there
         spec.loader.exec_module(module)
-        if wanted not in _ATTACKS:
+        if wanted not in _ATTACKS or _place(_ATTACKS[wanted].run)[0] != spec.name:
             raise UserError(f"'{path}' registers no attack called '{wanted}'.")
         return _ATTACKS[wanted]
     attacks = all_attacks()
@@ -167,8 +178,12 @@ def get_attack(name: str) -> Attack:
 
 
 def suite(tier: Tier) -> list[Attack]:
-    """The attacks of a suite, cheapest first: "standard" holds those of "quick", "full" holds all."""
+    """The attacks of a suite, cheapest first: "standard" holds those of "quick", "full" holds all.
+
+    An attack of the user's own file is in no suite: it runs where it is named.
+    """
     if tier not in TIERS:
         raise unknown("suite", tier, TIERS)
     within = TIERS[: TIERS.index(tier) + 1]
-    return sorted((a for a in all_attacks().values() if a.tier in within), key=lambda a: (a.passes, a.name))
+    chosen = [a for a in all_attacks().values() if a.tier in within and not _place(a.run)[0].startswith(OWN_FILE)]
+    return sorted(chosen, key=lambda a: (a.passes, a.name))

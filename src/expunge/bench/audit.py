@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from expunge.attacks.exam import Checkpoint, Exam, Kind
 from expunge.attacks.registry import TIERS, Tier
 from expunge.bench import results
 from expunge.bench.evaluate import Evaluation
-from expunge.bench.examine import FAIL_ON, Audit, Plan, examine, plan
+from expunge.bench.examine import FAIL_ON, Audit, Plan, examine, plan, strangers
 from expunge.bench.measuring import EvaluateOptions, chosen
 from expunge.bench.plan import StudyOptions
 from expunge.bench.prepare import Workshop, split_holdout
@@ -24,8 +22,8 @@ from expunge.bench.single import Request, measure_row, measured_references, say_
 from expunge.bench.study import Study, anchor
 from expunge.data.samples import Dataset, Role, Sample
 from expunge.errors import UserError, unknown
-from expunge.files import digest_folder
-from expunge.models.load import load_model
+from expunge.files import digest_file, digest_folder
+from expunge.models.load import Loaded, load_model
 from expunge.progress import Progress
 from expunge.runs import Run
 from expunge.signals.cache import SignalCache
@@ -109,7 +107,8 @@ def audit_models(
         UserError: a reference or shadow was trained on a forget sample, or whatever loading finds wrong.
     """
     progress = progress or Progress(event=run.event)
-    notes = provenance(dataset["forget"], [*options.references, *options.shadows])
+    blank = [*options.references, *options.shadows, *([options.base] if options.base else [])]
+    notes = provenance(dataset["forget"], blank)
     loaded = load_model(options.model, **request.loading)
     study_options = StudyOptions(
         evaluate=EvaluateOptions(suite=options.suite),
@@ -119,9 +118,12 @@ def audit_models(
     )
     shop = Workshop(run.folder / "work", loaded, study_options, progress)
     study = Study(run, shop, dataset, [], study_options, progress)
-    compared = measured_references(study, request, options.references)
+    exam = examination(run, request, dataset, options, loaded, progress)
+    odd = {c.name for c in strangers(exam)}  # the metrics read all models through the audited one's adapter
+    alike = [c.path for c in exam.references if c.name not in odd]
+    compared = measured_references(study, request, alike)
     before: Evaluation | None = None
-    if options.original is not None:
+    if options.original is not None and "original" not in odd:
         first = load_model(options.original, **request.loading).model
         before = measure_row(study, "main/original/0", anchor("original", 0), first, compared, "self")
         del first
@@ -130,19 +132,21 @@ def audit_models(
     name = f"Audit of {options.model}"
     results.write(run, shop, dataset, study_options, [request.seed], name)
 
-    exam = examination(run, request, dataset, options, loaded.model, progress)
     wanted = options.plan(exam)
     for note in notes:
         progress.say(note)
     audit = examine(exam, wanted, run, level=options.level, fdr=options.fdr, notes=notes)
     say_truncated(run, shop.adapter, progress)
-    run.finish(flops=shop.adapter.meter.flops)
+    said = {"vector": {t["axis"]: t["verdict"] for t in audit.content["vector"]}}
+    said["completeness"] = {} if audit.completeness is None else dict(audit.completeness.counts())
+    outputs = {name: digest_file(run.folder / name) for name in ("audit.json", "drill.jsonl")}
+    run.finish(flops=shop.adapter.meter.flops, notes=notes, figures=said, outputs=outputs)
     shutil.rmtree(run.folder / "work", ignore_errors=True)
     return audit
 
 
 def examination(
-    run: Run, request: Request, dataset: Dataset, options: AuditOptions, model: nn.Module, progress: Progress
+    run: Run, request: Request, dataset: Dataset, options: AuditOptions, loaded: Loaded, progress: Progress
 ) -> Exam:
     """The exam: the audited model is in memory, the others are loaded when their turn comes."""
     cache = SignalCache(run.folder / "signals")
@@ -150,10 +154,12 @@ def examination(
     def checkpoint(folder: str, kind: Kind, name: str) -> Checkpoint:
         path = Path(folder).expanduser()
         digest = digest_folder(path) if path.is_dir() else ""  # a hub name has no digest: nothing is kept of it
-        here = load_model(folder, **request.loading)
-        load = (lambda: model) if kind == "audited" else (lambda: load_model(folder, **request.loading).model)
         key = f"{digest}/{request.dtype}/{request.device}" if digest else ""
-        return Checkpoint(name, kind, here.adapter, load, key, cache, path=folder)
+        if kind == "audited":
+            return Checkpoint(name, kind, loaded.adapter, lambda: loaded.model, key, cache, path=folder)
+        adapter = load_model(folder, **request.loading).adapter
+        load = lambda: load_model(folder, **request.loading).model  # noqa: E731
+        return Checkpoint(name, kind, adapter, load, key, cache, path=folder)
 
     aux, measured = split_holdout(dataset, AUX_SHARE)
     samples: dict[Role, list[Sample]] = chosen(measured, EvaluateOptions(suite=options.suite).resolved())

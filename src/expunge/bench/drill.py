@@ -140,11 +140,12 @@ def _neighbours(exam: Exam) -> list[list[dict[str, Any]]]:
         words = TfidfVectorizer(token_pattern=r"(?u)\b\w+\b").fit([text(s) for s in [*exam.forget, *kept]])
     except ValueError:  # no sample has a word
         return [[] for _ in exam.forget]
-    similar = (words.transform(map(text, exam.forget)) @ words.transform(map(text, kept)).T).toarray()
+    forget_NW, kept_MW = words.transform(map(text, exam.forget)), words.transform(map(text, kept))
     own = [s.loss for s in exam.audited.signals(kept)]
     theirs = [[s.loss for s in c.signals(kept)] for c in exam.references]
     rows = []
-    for line in similar:
+    for row_W in forget_NW:  # one at a time: the whole table may be larger than the models
+        line = (row_W @ kept_MW.T).toarray()[0]
         nearest = np.argsort(-line, kind="stable")[:NEIGHBOURS]
         rows.append(
             [

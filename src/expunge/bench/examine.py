@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,19 +18,22 @@ import numpy as np
 from expunge.attacks.exam import Checkpoint, Exam
 from expunge.attacks.registry import Attack, Finding, Tier, get_attack, suite
 from expunge.bench.drill import drill_rows
-from expunge.bench.judge import AXES, Judged, Panel, Values, judge, settle, tile
+from expunge.bench.judge import AXES, Floats, Judged, Panel, judge, settle, tile
 from expunge.completeness.calibration import Completeness, by_subject, calibrate
 from expunge.completeness.readings import Readings
 from expunge.data.samples import Role, Sample
 from expunge.errors import UserError
 from expunge.files import plain
+from expunge.progress import Progress
 from expunge.runs import Run
 from expunge.signals.cache import fingerprint
 from expunge.stats import Estimate
 
 SCHEMA = "expunge.audit/1"
 KEPT_ROLES: tuple[Role, ...] = ("retain", "utility")
-BLIND = "blind"  # the attack that sees no model
+BLIND = "blind"  # the attack that sees no model: it runs once
+Findings = Mapping[str, Mapping[str, Finding]]  # of an attack, of a checkpoint
+ERROR_LENGTH = 300  # characters of an exception that are kept
 
 
 @dataclass(frozen=True)
@@ -103,33 +106,16 @@ def examine(
     exam: Exam, wanted: Plan, run: Run, *, level: float = 0.05, fdr: float = 0.05, notes: Sequence[str] = ()
 ) -> Audit:
     """Run the attacks, judge, and write ``audit.json`` and ``drill.jsonl`` into the run folder."""
-    cost: dict[str, float] = {}
-    failed: dict[str, str] = {}
-    findings: dict[str, dict[str, Finding]] = {}
     started = time.perf_counter()
     texts = [*exam.forget, *exam.holdout]
     exam.audited.signals(texts, exam.progress)
-    one_pass = time.perf_counter() - started
+    # What an interrupted audit has asked before is read from disk, and does not tell what a pass costs.
+    one_pass = None if run.resumed else time.perf_counter() - started
     exam.progress.say(f"audit: {wanted.estimate(len(exam.checkpoints), one_pass)}")
-    for checkpoint in exam.checkpoints:
-        _ask(exam, checkpoint)
-        for entry, options in wanted.attacks:
-            if entry.name in failed or (entry.name == BLIND and checkpoint is not exam.audited):
-                continue
-            begun = time.perf_counter()
-            found = _find(exam, checkpoint, entry, options, run)
-            cost[entry.name] = cost.get(entry.name, 0.0) + time.perf_counter() - begun
-            if isinstance(found, str):
-                failed[entry.name] = found
-                exam.progress.say(f"attack {entry.name} failed: {found}")
-            else:
-                findings.setdefault(entry.name, {})[checkpoint.name] = found
-        if checkpoint is not exam.audited:
-            checkpoint.release()
+    done, failed, cost = attacked(exam, wanted, run)
     for checkpoint in exam.shadows:
         checkpoint.signals(texts)
         checkpoint.release()
-    done = {name: found for name, found in findings.items() if name not in failed}
     rows = _judged(exam, wanted, done)
     readings, beside = completeness_readings(exam)
     answers = None if readings is None else calibrate(readings, level=level, fdr=fdr, holdout=beside)
@@ -142,10 +128,50 @@ def examine(
     return audit
 
 
+def attacked(exam: Exam, wanted: Plan, run: Run) -> tuple[Findings, dict[str, str], dict[str, float]]:
+    """(findings of the attacks that worked on every checkpoint, why the others did not, seconds of each)."""
+    cost: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    findings: dict[str, dict[str, Finding]] = {}
+    bar, quiet = exam.progress, replace(exam, progress=Progress(event=exam.progress.event))  # one bar at a time
+    jobs = [
+        (checkpoint, [(a, o) for a, o in wanted.attacks if a.name != BLIND or checkpoint is exam.audited])
+        for checkpoint in exam.checkpoints
+    ]
+    steps = 0  # in passes, so that the time left is not told by the cheap attacks, which come first
+    bar.start("audit, in passes", sum(_steps(a) for _, attacks in jobs for a, _ in attacks))
+    try:
+        for checkpoint, attacks in jobs:
+            bar.step(steps, f"asking {checkpoint.name}")
+            _ask(exam, checkpoint)
+            for entry, options in attacks:
+                bar.step(steps, f"{entry.name} on {checkpoint.name}")
+                steps += _steps(entry)
+                if entry.name in failed:
+                    continue
+                begun = time.perf_counter()
+                found = _find(quiet, checkpoint, entry, options, run)
+                cost[entry.name] = cost.get(entry.name, 0.0) + time.perf_counter() - begun
+                if isinstance(found, str):
+                    failed[entry.name] = f"on {checkpoint.name}: {found}"
+                    bar.say(f"attack {entry.name} failed on {checkpoint.name}; audit.json says why")
+                else:
+                    findings.setdefault(entry.name, {})[checkpoint.name] = found
+            if checkpoint is not exam.audited:
+                checkpoint.release()
+        bar.step(steps)
+    finally:
+        bar.stop()
+    return {name: found for name, found in findings.items() if name not in failed}, failed, cost
+
+
+def _steps(entry: Attack) -> int:
+    return 1 + math.ceil(entry.passes)
+
+
 def _ask(exam: Exam, checkpoint: Checkpoint) -> None:
     """What every audit keeps of a checkpoint: signals of all roles, answers to the forget prompts."""
-    exam.progress.say(f"audit: asking {checkpoint.name}")
-    checkpoint.signals([s for own in exam.samples.values() for s in own], exam.progress)
+    checkpoint.signals([s for own in exam.samples.values() for s in own])
     asked = [s for s in exam.forget if s.prompt]
     if checkpoint.adapter.can_generate and asked:
         checkpoint.answers(asked)
@@ -158,17 +184,25 @@ def _find(exam: Exam, checkpoint: Checkpoint, entry: Attack, options: Any, run: 
         return _read(run.read_json(place))
     try:
         found = entry.run(exam, checkpoint, options)
+        if (wrong := _misfit(exam, found)) is not None:
+            return wrong
+        run.write_json(place, plain(vars(found) | {"figures": {n: e.record() for n, e in found.figures.items()}}))
     except UserError as error:
         return str(error)
-    except (RuntimeError, ValueError, ArithmeticError, LookupError, TypeError) as error:
-        # One attack that breaks must not cost the audit of the others; the report says which and why.
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+    except Exception as error:
+        # One attack that breaks, in whatever way, must not cost the audit of the others; the report says which and why.
+        return " ".join(f"{type(error).__name__}: {error}".split())[:ERROR_LENGTH]
+    return _read(run.read_json(place))
+
+
+def _misfit(exam: Exam, found: Finding) -> str | None:
+    """What is wrong with the form of a finding."""
     for score, by_role in found.scores.items():
         for role, values in by_role.items():
-            if len(values) != len(exam.samples[role]):
-                return f"gave {len(values)} values of {score} for {len(exam.samples[role])} {role} samples"
-    run.write_json(place, plain(vars(found) | {"figures": {n: e.record() for n, e in found.figures.items()}}))
-    return _read(run.read_json(place))
+            num = len(exam.samples.get(role, []))
+            if len(values) != num:
+                return f"gave {len(values)} values of {score} for {num} {role} samples"
+    return None
 
 
 def _read(content: Mapping[str, Any]) -> Finding:
@@ -189,10 +223,11 @@ def _read(content: Mapping[str, Any]) -> Finding:
     )
 
 
-def _judged(exam: Exam, wanted: Plan, findings: Mapping[str, Mapping[str, Finding]]) -> list[Judged]:
+def _judged(exam: Exam, wanted: Plan, findings: Findings) -> list[Judged]:
     """One row per score, in the order of the attacks, with p-values adjusted over all of them."""
     subjects = {role: [s.subject for s in own] for role, own in exam.samples.items()}
     references = [c.name for c in exam.references]
+    alike = [c.name for c in exam.references if c not in strangers(exam)]
     panels = []
     for entry, _ in wanted.attacks:
         if entry.name == BLIND or entry.name not in findings:
@@ -200,12 +235,19 @@ def _judged(exam: Exam, wanted: Plan, findings: Mapping[str, Mapping[str, Findin
         own = findings[entry.name]
         shared = [name for name in own[exam.audited.name].scores if all(name in f.scores for f in own.values())]
         for name in shared:
-            models = {checkpoint: found.scores[name] for checkpoint, found in own.items()}
-            parts = (exam.audited.name, [r for r in references if r in models])
-            panels.append(Panel(entry.name, name, entry.family, entry.tier, entry.access, models, *parts))
+            roles = [r for r in exam.samples if all(r in f.scores[name] for f in own.values())]
+            models = {c: {r: found.scores[name][r] for r in roles} for c, found in own.items()}
+            if not roles:
+                continue
+            panel = Panel(
+                entry.name, name, entry.family, entry.tier, entry.access, models, exam.audited.name, references,
+                entry.two_sided,
+            )  # fmt: skip
+            # Ranks within a model can be compared whatever its tokens are, means over tokens cannot.
+            panels.append(panel if panel.ranks else replace(panel, references=alike))
     for role in KEPT_ROLES:
         if exam.samples.get(role):
-            kept = {c.name: _log_prob(c, role, exam.samples[role]) for c in exam.checkpoints}
+            kept = {c.name: {role: (-_losses(exam, c, exam.samples[role])).tolist()} for c in exam.checkpoints}
             panels.append(
                 Panel("kept", f"kept.{role}", "kept", "quick", "log-probabilities", kept, exam.audited.name, references)
             )
@@ -214,8 +256,22 @@ def _judged(exam: Exam, wanted: Plan, findings: Mapping[str, Mapping[str, Findin
     return rows
 
 
-def _log_prob(checkpoint: Checkpoint, role: Role, samples: Sequence[Sample]) -> Values:
-    return {role: [-s.loss for s in checkpoint.signals(samples)]}
+def strangers(exam: Exam) -> list[Checkpoint]:
+    """Checkpoints and shadows that read texts otherwise than the audited model: tokenizer, template or context."""
+    key = (__name__, "strangers")
+    if key not in exam.shared:
+        own = fingerprint(exam.audited.adapter)
+        exam.shared[key] = [c for c in [*exam.checkpoints, *exam.shadows] if fingerprint(c.adapter) != own]
+    found: list[Checkpoint] = exam.shared[key]
+    return found
+
+
+def _losses(exam: Exam, checkpoint: Checkpoint, samples: Sequence[Sample]) -> Floats:
+    """(N,) nats per token; bits per byte where models have other tokens, nan there for a text that was cut."""
+    signals = checkpoint.signals(samples)
+    if not strangers(exam):
+        return np.array([s.loss for s in signals])
+    return np.array([math.nan if s.truncated else s.bits_per_byte for s in signals])
 
 
 # -- completeness ------------------------------------------------------------------------------------------------
@@ -230,14 +286,11 @@ def completeness_readings(exam: Exam) -> tuple[Readings | None, Readings | None]
     never = list(exam.references) if len(exam.references) >= 2 else [*exam.references, *exam.shadows]
     if not never:
         return None, None
-    everyone = [exam.audited, *never, *([exam.original] if exam.original else [])]
-    alike = len({fingerprint(c.adapter) for c in everyone}) == 1
 
-    def values(checkpoint: Checkpoint, samples: Sequence[Sample]) -> Any:
-        signals = checkpoint.signals(samples)
+    def values(checkpoint: Checkpoint, samples: Sequence[Sample]) -> Floats:
         if exam.modality == "classifier":
-            return np.array([s.prob for s in signals])
-        return np.array([s.loss if alike else s.bits_per_byte for s in signals])
+            return np.array([s.prob for s in checkpoint.signals(samples)])
+        return _losses(exam, checkpoint, samples)
 
     def readings(samples: Sequence[Sample]) -> Readings:
         return Readings(
@@ -255,16 +308,26 @@ def completeness_readings(exam: Exam) -> tuple[Readings | None, Readings | None]
 def _content(
     exam: Exam,
     wanted: Plan,
-    findings: Mapping[str, Mapping[str, Finding]],
+    findings: Findings,
     rows: Sequence[Judged],
     readings: Readings | None,
     beside: Readings | None,
     answers: Completeness | None,
 ) -> dict[str, Any]:
-    notes = [f"{name}: {note}" for name, own in findings.items() for note in own[exam.audited.name].notes]
-    kinds = {fingerprint(c.adapter) for c in [*exam.checkpoints, *exam.shadows]}
-    if len(kinds) > 1:
-        notes.insert(0, "the models have different tokenizers: completeness compares bits per byte of the target.")
+    notes = []
+    if odd := ", ".join(c.name for c in strangers(exam)):
+        notes.append(
+            f"other tokenizer, template or context than the audited model: {odd}; losses are compared in bits per "
+            "byte, and means over tokens are not compared with these."
+        )
+    if answers is None:
+        notes.append("completeness was not judged: give a --reference or a --shadow, which never saw the samples.")
+    for name, own in findings.items():
+        said = own[exam.audited.name].notes
+        notes += [note if note.startswith(name) else f"{name}: {note}" for note in said]
+        lost = sorted(own[exam.audited.name].scores.keys() - set.intersection(*(set(f.scores) for f in own.values())))
+        if lost:
+            notes.append(f"{name}: {', '.join(lost)} could not be had under every model and is left out.")
     summary: dict[str, Any] | None = None
     if answers is not None and readings is not None:
         summary = {
@@ -301,7 +364,7 @@ def _subjects(
     readings: Readings | None,
     beside: Readings | None,
     answers: Completeness | None,
-    findings: Mapping[str, Mapping[str, Finding]],
+    findings: Findings,
 ) -> list[dict[str, Any]]:
     if readings is None or answers is None:
         return []
@@ -330,7 +393,7 @@ def _fitness(blind: Mapping[str, Finding] | None) -> dict[str, Any] | None:
     }
 
 
-def _figures(findings: Mapping[str, Mapping[str, Finding]]) -> dict[str, dict[str, Any]]:
+def _figures(findings: Findings) -> dict[str, dict[str, Any]]:
     """Name -> checkpoint -> estimate."""
     out: dict[str, dict[str, Any]] = {}
     for by_checkpoint in findings.values():

@@ -28,6 +28,7 @@ AXIS_OF: dict[str, Axis] = {
     "kept": "utility",
 }
 RATES = (0.001, 0.01, 0.1)
+ROUNDING = 1e-12
 MARGINS = {"auc": 0.05, "kept": 0.02}  # differences below these are not held against a model, however certain
 LEFT, LESS, LIKE, NO_REFERENCE = "more is left", "less than the reference", "like the reference", "no reference"
 NOT_SHOWN = "not shown"
@@ -37,7 +38,10 @@ Values = Mapping[Role, Sequence[float]]  # of one score under one model
 
 @dataclass(frozen=True)
 class Panel:
-    """One score of one attack under every model. ``references``: under each of the retrained models."""
+    """One score of one attack under every model. ``references``: those of them that are retrained models.
+
+    ``two_sided``: see :class:`~expunge.attacks.registry.Attack`.
+    """
 
     attack: str
     score: str
@@ -47,6 +51,7 @@ class Panel:
     models: Mapping[str, Values]  # by checkpoint
     audited: str
     references: Sequence[str]
+    two_sided: bool = True
 
     @property
     def ranks(self) -> bool:
@@ -72,11 +77,11 @@ class Judged:
 
     @property
     def differs(self) -> bool:
-        """More is left than in the references; for membership and extraction also when less is."""
-        if self.axis == "robustness":
-            return self.verdict == LEFT
+        """More is left than in the references; for membership and extraction also when less is. Kept: only less."""
         if self.axis == "utility":
             return self.verdict == LESS
+        if self.axis == "robustness" or not self.panel.two_sided:
+            return self.verdict == LEFT
         return self.verdict in (LEFT, LESS)
 
     def record(self) -> dict[str, Any]:
@@ -104,13 +109,16 @@ def judge(
     """Values, intervals and the difference from the references' mean, subjects as the unit of resampling.
 
     The standard error of the difference has two parts: the spread over subjects, and, from two references on, that
-    between references, since the audited model is one more training. With one reference the latter is not known.
-    The p-value is Student's, with the degrees of freedom of both parts.
+    between references, since the audited model is one more training. With one reference the latter is not known, and
+    false alarms are more frequent than they should be; the row's note says so. The p-value is Student's, with the
+    degrees of freedom of both parts added: where two references differ much this promises a little too much for a
+    single score, but Welch's degrees of freedom (near 1 there) could never show anything after correction.
     """
     name = f"{panel.score}-{'auc' if panel.ranks else 'mean'}/1"
     if panel.ranks:
         return _ranked(panel, subjects, name, level, resamples, seed)
-    role: Role = next(iter(panel.models[panel.audited]))
+    own_roles = panel.models[panel.audited]
+    role: Role = "forget" if "forget" in own_roles else next(iter(own_roles))
     values = {m: np.asarray(v[role], dtype=np.float64) for m, v in panel.models.items()}
     groups = list(subjects[role])
     models = {
@@ -121,6 +129,8 @@ def judge(
         return Judged(panel, models, Estimate(math.nan, definition=name))
     theirs_RN = np.stack([values[r] for r in panel.references])
     apart_N = values[panel.audited] - theirs_RN.mean(axis=0)
+    # The mean of equal numbers is off by a rounding error, which must not be tested for a difference.
+    apart_N[np.abs(apart_N) <= ROUNDING * np.abs(values[panel.audited])] = 0.0
     kept = np.isfinite(apart_N)
     if not kept.any():
         return Judged(panel, models, Estimate(math.nan, definition=name), verdict=NOT_SHOWN)
@@ -128,7 +138,8 @@ def judge(
     gap = float(apart_N[kept].mean())
     spread = float(apart_G.std(ddof=1) / math.sqrt(len(apart_G))) if len(apart_G) > 1 else math.nan
     between = theirs_RN[:, kept].mean(axis=1)
-    return _tested(panel, models, gap, spread, len(apart_G) - 1, between, int(kept.sum()), name, level)
+    by_chance = 2.0 ** (1 - len(apart_G))  # two-sided sign test
+    return _tested(panel, models, gap, spread, len(apart_G) - 1, between, by_chance, int(kept.sum()), name, level)
 
 
 def _ranked(
@@ -156,18 +167,12 @@ def _ranked(
     gap_draws = draws[own] - draws[theirs].mean(axis=0)
     between = np.array([auc(*pairs[i]) for i in theirs])
     gap = auc(*pairs[own]) - float(between.mean())
-    few = min(len(set(side)) for side in both)
-    found = _tested(
-        panel,
-        models,
-        gap,
-        float(gap_draws.std(ddof=1)) if few > 1 else math.nan,
-        sum(len(set(side)) for side in both) - 2,
-        between,
-        sum(len(side) for side in both),
-        name,
-        level,
-    )
+    sizes = [len(set(side)) for side in both]
+    few = min(sizes)
+    spread = float(gap_draws.std(ddof=1)) if few > 1 else math.nan
+    by_chance = min(1.0, 2 / math.comb(sum(sizes), few))  # two-sided permutation of who is forget and who holdout
+    count = sum(len(side) for side in both)
+    found = _tested(panel, models, gap, spread, sum(sizes) - 2, between, by_chance, count, name, level)
     found.tpr = tpr
     if len(panel.references) == 1 and few > 1:
         low, high = percentile_interval(gap_draws, level)
@@ -182,6 +187,7 @@ def _tested(
     spread: float,
     degrees: int,
     between_R: Floats,
+    by_chance: float,
     count: int,
     name: str,
     level: float,
@@ -198,7 +204,9 @@ def _tested(
         return Judged(panel, models, Estimate(gap, n=count, definition=name, note=reason), verdict=NOT_SHOWN)
     error = math.sqrt(variance)
     half = float(scipy_stats.t.ppf((1 + level) / 2, degrees)) * error
-    p = float(gap == 0) if error == 0 else float(2 * scipy_stats.t.sf(abs(gap) / error, degrees))
+    p = 1.0 if gap == 0 else by_chance  # without any spread: how seldom the labels would fall like this
+    if error > 0:
+        p = float(2 * scipy_stats.t.sf(abs(gap) / error, degrees))
     return Judged(panel, models, Estimate(gap, gap - half, gap + half, count, name, note), p)
 
 
@@ -242,9 +250,9 @@ def worst(rows: Sequence[Judged]) -> Judged | None:
         return None
 
     def key(row: Judged) -> tuple[bool, float, float]:
-        half = (row.gap.high - row.gap.low) / 2
-        size = abs(row.gap.value) / half if half > 0 else math.inf * (abs(row.gap.value) > 0)
-        return not row.differs, row.p_adjusted, -size if math.isfinite(size) else -math.inf
+        half, away = (row.gap.high - row.gap.low) / 2, abs(row.gap.value)
+        size = away / half if half > 0 else math.inf if away > 0 else 0.0
+        return not row.differs, row.p_adjusted, -size
 
     return min(tested, key=key)
 
@@ -255,23 +263,31 @@ def tile(axis: Axis, rows: Sequence[Judged], completeness: Mapping[str, Any] | N
     found = worst(own)
     tests = sum(math.isfinite(r.p) for r in own)
     against = [r for r in own if r.differs]
-    counts = completeness["counts"] if completeness is not None and axis == "effectiveness" else {}
-    under, over = counts.get("under-unlearned", 0), counts.get("over-unlearned", 0)
-    judged = completeness["auditable"] if counts and completeness is not None else 0
+    under = over = judged = 0
     parts = []
-    if judged:
-        parts.append(f"of {judged} auditable samples {under} are under-unlearned and {over} over-unlearned")
+    if axis == "effectiveness":
+        parts.append(_of_completeness(completeness))
+        if completeness is not None:
+            judged = completeness["auditable"]
+            under, over = (completeness["counts"].get(f"{word}-unlearned", 0) for word in ("under", "over"))
     if against and found is not None:
         parts.append(_sentence(found, len(against), tests))
     elif tests:
-        parts.append(f"none of {tests} scores differs from the references after correction for all tests")
+        parts.append(f"none of {tests} scores speaks against the model after correction for all tests")
+    if tests and any(len(r.panel.references) == 1 for r in own):
+        parts.append("there is one reference only, so how far retrained models differ by chance is not known")
     if against or under or over:
         verdict = "failed"
     elif tests or judged:
         verdict = "passed"
     else:
         verdict = NOT_SHOWN
-        parts.append("no retrained model to compare with" if own else "nothing was measured")
+        if not own:
+            parts.append("no attack measured it")
+        elif any(r.panel.references for r in own):
+            parts.append("too few samples to compare with the references")
+        else:
+            parts.append("no retrained model to compare with")
     text = "; ".join(parts)
     return {
         "axis": axis,
@@ -282,11 +298,21 @@ def tile(axis: Axis, rows: Sequence[Judged], completeness: Mapping[str, Any] | N
     }
 
 
+def _of_completeness(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "completeness was not judged, since no model that never saw the samples was given"
+    if not found["auditable"]:
+        return f"none of {found['n']} samples is auditable"
+    under, over = (found["counts"].get(f"{word}-unlearned", 0) for word in ("under", "over"))
+    return f"of {found['auditable']} auditable samples {under} are under-unlearned and {over} over-unlearned"
+
+
 def _sentence(row: Judged, count: int, tests: int) -> str:
     own = row.models[row.panel.audited].value
-    theirs = own - row.gap.value
+    theirs = float(np.mean([row.models[r].value for r in row.panel.references]))
     what = "AUC" if row.panel.ranks else "mean"
+    speak = "speaks" if count == 1 else "speak"
     return (
-        f"{count} of {tests} scores differ from the references, most clearly {row.panel.score} "
+        f"{count} of {tests} scores {speak} against the model, most clearly {row.panel.score} "
         f"({what} {own:.3g} against {theirs:.3g}: {row.verdict})"
     )

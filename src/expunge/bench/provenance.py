@@ -27,24 +27,40 @@ def _salted(sample: Sample, salt: str) -> str:
 
 
 def provenance(forget: Sequence[Sample], folders: Sequence[str]) -> list[str]:
-    """Check that references and shadows never saw the forget samples; a note for each of which nothing is known.
+    """Check that references and shadows never saw the forget samples; a note on those of which nothing is known.
 
     Raises:
-        UserError: the record beside a model says that it was trained on one of them.
+        UserError: the record of a model says that it was trained on one of them.
     """
-    notes = []
+    unknown = []
     for folder in folders:
-        path = Path(folder).expanduser().parent / TRAINED_ON
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            known, salt = set(content["samples"]), str(content["salt"])
-        except (OSError, ValueError, KeyError, TypeError):
-            notes.append(f"nothing is known of what '{folder}' was trained on: that it never saw the data is assumed.")
+        found = _manifest(Path(folder).expanduser())
+        if found is None:
+            unknown.append(f"'{folder}'")
             continue
+        known, salt = found
         seen = next((s.id for s in forget if _salted(s, salt) in known), None)
         if seen is not None:
             raise UserError(
                 f"'{folder}' was trained on forget sample '{seen}': references and shadows must never have seen the "
                 "forget set; retrain it without."
             )
-    return notes
+    if not unknown:
+        return []
+    return [f"nothing is known of what {', '.join(unknown)} saw in training; that it was no forget sample is assumed."]
+
+
+def _manifest(folder: Path) -> tuple[set[str], str] | None:
+    """(salted digests, salt) of the record in the model's folder, or beside it where ``expunge train`` puts it.
+
+    The record beside a folder of another name may be that of any model there.
+    """
+    places = [folder / TRAINED_ON, *([folder.parent / TRAINED_ON] if folder.name == "model" else [])]
+    for path in places:
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["schema"] == MANIFEST:
+                return set(content["samples"]), str(content["salt"])
+        except (OSError, ValueError, KeyError, TypeError):  # absent, or not ours
+            continue
+    return None

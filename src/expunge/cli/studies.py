@@ -69,7 +69,7 @@ def tell(result: Result, as_json: bool, more: Sequence[str] = ()) -> None:
 
 
 def audit_lines(result: Result) -> list[str]:
-    """The vector of an audit, one line per axis, and what --fail-on found."""
+    """The vector of an audit, one line per axis, and what its reader must know; the report has the rest."""
     import json
 
     if result.plan is not None:
@@ -79,6 +79,14 @@ def audit_lines(result: Result) -> list[str]:
     counts = (content["completeness"] or {}).get("counts")
     if counts:
         lines.append("completeness   " + ", ".join(f"{n} {name}" for name, n in counts.items()))
+        lines += [f"               Note: {text}" for text in content["completeness"]["notes"]]
+    if (content["fitness"] or {}).get("unfit"):
+        lines.append(f"Note: {content['fitness']['sentence']}")
+    lines += [f"Attack {name} failed {reason}" for name, reason in content["failed"].items()]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in content["skipped"].items():
+        reasons.setdefault(reason, []).append(name)
+    lines += [f"Skipped, {reason}: {', '.join(names)}" for reason, names in reasons.items()]
     if result.failures:
         lines.append(f"--fail-on: {', '.join(result.failures)}")
     return [*lines, ""]
