@@ -92,6 +92,7 @@ def pull(model: nn.Module, adapter: Adapter, sample: Sample, delta: Weights) -> 
     passes=6.0,
     needs={"original"},
     modalities={"text", "multimodal", "classifier"},
+    two_sided=False,
 )
 def weight_delta(exam: Exam, checkpoint: Checkpoint, options: DeltaOptions) -> Finding:
     """Who was erased? Cosine and inner product of the weight difference with each sample's loss gradient.
