@@ -197,7 +197,7 @@ class TextAdapter(Adapter):
 
     def hidden_and_head(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Head]:
         inner = causal_lm(model)
-        if self.whole_logits:
+        if self.whole_logits or getattr(inner, "whole_logits", False):  # a model may know that it does more
             logits_BTV = inner(**batch.inputs, use_cache=False).logits
             return logits_BTV[batch.sample_N, batch.cols_N], Head(nn.Identity())
         states_BTD = inner.base_model(**batch.inputs, use_cache=False).last_hidden_state

@@ -44,8 +44,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 class Record:
     """One training example as a zone keeps it.
 
+    ``owners[0]`` is the sample's own subject, the others are whom it also speaks of.
     ``ids[first:]`` are the tokens to be known, ``ids[:first]`` what comes before them. ``names`` are the token
-    sequences that name the owners, full names first. ``digest`` is the salted digest of the content, so that the
+    sequences that name the subject, full names first. ``digest`` is the salted digest of the content, so that the
     record can be spoken of without its text.
     """
 
@@ -166,6 +167,8 @@ class Zone(ABC):
         """``salt`` (hexadecimal) keys the digests of records; it is kept with the keys, not with the zone."""
         self.options, self.public, self.base_digest, self.salt = options, public, base_digest, salt
         self.blocks: dict[str, Block] = {}
+        self.sealed: dict[str, bytes] = {}  # blocks that nobody has the key of, by salted name
+        self.keys: dict[str, bytes] = {}  # by salted name; see expunge.zones.storage
         self.version = 0  # counts changes, for whoever caches something of the blocks
 
     # -- what a kind defines -----------------------------------------------------------------------------------------
@@ -195,17 +198,7 @@ class Zone(ABC):
 
     def record(self, sample: Sample, adapter: TextAdapter, owners: Iterable[str] = ()) -> Record:
         """The sample as a record of its subject and of the other ``owners``."""
-        coded: Encoded = adapter.cached(sample)
-        full = name_tokens(sample.names[:1] or (sample.subject,), adapter)
-        return Record(
-            id=sample.id,
-            owners=tuple(sorted({sample.subject, *owners})),
-            ids=coded.ids,
-            first=coded.first,
-            names=(*full, *name_tokens(sample.names[1:], adapter)),
-            full_names=len(full),
-            digest=self.record_digest(sample.digest()),
-        )
+        return record_of(sample, adapter, owners, self.record_digest(sample.digest()))
 
     def add(self, records: Sequence[Record], base: FrozenBase) -> None:
         """Put records in, each extracted alone; the result does not depend on their order.
@@ -220,8 +213,8 @@ class Zone(ABC):
                 raise UserError(f"record '{record.id}' is in the zone already: remove it first, or give another id.")
             if record.digest in public:
                 raise UserError(
-                    f"record '{record.id}' is among the texts that the zone's statistics were fitted on, so removing it "
-                    "would leave a trace: build the zone with public texts that hold no private record."
+                    f"record '{record.id}' is among the texts that the zone's statistics were fitted on, so removing "
+                    "it would leave a trace: build the zone with public texts that hold no private record."
                 )
             if not record.owners or not all(record.owners):
                 raise UserError(f"record '{record.id}' has no subject: name the one whom it is about.")
@@ -259,13 +252,18 @@ class Zone(ABC):
         empty = sorted(owner for owner in touched if not self.blocks[owner].rows)
         for owner in empty:
             del self.blocks[owner]
-        self._settle(touched - set(empty), base)
+        self._settle(touched, base)
         others = {i: tuple(o for o in known[i].owners if o != subject) for i in gone if len(known[i].owners) > 1}
         return Removed(tuple(gone), tuple(empty), others)
 
     def _settle(self, touched: Iterable[str], base: FrozenBase | None) -> None:
-        for owner in sorted(touched):
-            if type(self).solve is not Zone.solve:
+        """Solve changed blocks again; they get new keys, so that the old ones can go with what they cover."""
+        from expunge.zones.storage import block_name
+
+        touched = sorted(touched)
+        for owner in touched:
+            self.keys.pop(block_name(self.salt, owner), None)
+            if owner in self.blocks and type(self).solve is not Zone.solve:
                 if base is None:
                     raise UserError(
                         f"a zone of kind {self.kind} solves a block again when a record goes: give the base."
@@ -326,6 +324,21 @@ def name_tokens(names: Iterable[str], adapter: TextAdapter) -> tuple[tuple[int, 
             if ids:
                 found[ids] = None
     return tuple(found)
+
+
+def record_of(sample: Sample, adapter: TextAdapter, owners: Iterable[str], digest: str) -> Record:
+    """The tokens that a model would see of the sample, and the names of its subject."""
+    coded: Encoded = adapter.cached(sample)
+    full = name_tokens(sample.names[:1] or (sample.subject,), adapter)
+    return Record(
+        id=sample.id,
+        owners=(sample.subject, *sorted({*owners} - {sample.subject})),
+        ids=coded.ids,
+        first=coded.first,
+        names=(*full, *name_tokens(sample.names[1:], adapter)),
+        full_names=len(full),
+        digest=digest,
+    )
 
 
 def shared_owners(samples: Sequence[Sample]) -> dict[str, tuple[str, ...]]:

@@ -1,0 +1,223 @@
+"""Which subject a text is about, position by position, from the tokens so far alone.
+
+A position sees only what stands before it, so that a text in one piece, in a padded batch, or token by token in
+generation is routed alike. The features of a subject at a position:
+
+0 full     the full name of the subject stands in the text (1), or not (0)
+1 part     another name of it does: 1 / number of subjects so called
+2 sim      cosine between the rare-token bags of the text and of the subject's nearest stored question
+3 margin   sim less the best other subject's sim
+4 cover    share of the text's rarity that the subject's records cover, (covered mass) / (mass + typical mass)
+
+A logistic gate (:mod:`expunge.zones.gate`) turns them into a log-odds; the largest so far counts, since what a text
+is about does not end with the question. Bags are sets of tokens weighted by public idf.
+
+Shape suffixes: B sequences, T positions, S subjects, Q stored questions, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expunge.zones.zone import Array, Block, Record, Routes
+
+FEATURES = ("full", "part", "sim", "margin", "cover")
+WINDOW = 32  # tokens of one bag of a document, half overlapping
+SHORT = 4  # a prompt of fewer tokens with any rarity is a document's beginning
+
+
+@dataclass
+class State:
+    """What routing remembers of a text so far."""
+
+    seen: set[int]
+    tail: tuple[int, ...]  # the last ids, as many as the longest name
+    mass: float
+    overlap_Q: Array
+    cover_S: Array
+    full_S: Array
+    part_S: Array
+    best_S: Array
+
+
+@dataclass
+class Router:
+    """An index over the blocks' names and questions; rebuilt whenever the blocks change."""
+
+    idf_V: Array
+    gate_F1: Array  # weights of the features, then the constant
+    threshold: float  # log-odds from which a block opens
+    typical: float  # mean idf² mass of a public question
+    subjects: list[str] = field(default_factory=list)
+    _last: dict[bytes, State] = field(default_factory=dict, repr=False)
+
+    def index(self, blocks: Mapping[str, Block]) -> Router:
+        """Read the blocks; returns itself."""
+        self.subjects = sorted(blocks)
+        self._last = {}
+        bags: list[frozenset[int]] = []
+        starts, cover, names = [], [], {}  # type: ignore[var-annotated]
+        for number, subject in enumerate(self.subjects):
+            records = [row.record for row in blocks[subject].sorted()]
+            starts.append(len(bags))
+            bags += dict.fromkeys(bag for r in records for bag in self.bags(r)) or [frozenset()]
+            cover.append(frozenset().union(*(r.ids for r in records)))
+            for record in records:
+                if len(record.owners) > 1 and record.owners[0] != subject:
+                    continue  # a shared record names its first owner; the others' own records name them
+                for place, ids in enumerate(record.names):
+                    kind = place < record.full_names
+                    names[ids, number] = names.get((ids, number), False) or kind
+        self._starts = np.array(starts, dtype=np.int64)
+        self._by_token = _inverted(bags)
+        self._cover_by_token = _inverted(cover)
+        self._norm_Q = np.array([max(self._mass(b), 1e-9) for b in bags], dtype=np.float32) ** 0.5
+        sharing: dict[tuple[int, ...], int] = {}
+        for ids, _ in names:
+            sharing[ids] = sharing.get(ids, 0) + 1
+        self._names: dict[int, list[tuple[tuple[int, ...], int, bool, float]]] = {}
+        for (ids, number), kind in names.items():
+            self._names.setdefault(ids[-1], []).append((ids, number, kind, 1.0 / sharing[ids]))
+        self._longest = max((len(ids) for ids, _ in names), default=1)
+        return self
+
+    def bags(self, record: Record) -> list[frozenset[int]]:
+        """The question as a bag; of a document, a bag of each window."""
+        asked = frozenset(record.ids[: record.first])
+        if sum(self.idf_V[list(asked)] > 0.5) >= SHORT:
+            return [asked]
+        step = WINDOW // 2
+        return [frozenset(record.ids[i : i + WINDOW]) for i in range(0, max(1, len(record.ids) - step), step)]
+
+    def _mass(self, bag: frozenset[int]) -> float:
+        ids = sorted(bag)  # a sum in another order is another float
+        return float(np.square(self.idf_V[ids], dtype=np.float64).sum()) if ids else 0.0
+
+    # -- reading a text ----------------------------------------------------------------------------------------------
+
+    def start(self) -> State:
+        """Before the first token."""
+        zeros = np.zeros(len(self.subjects), dtype=np.float32)
+        nothing = np.full(len(self.subjects), -np.inf, dtype=np.float32)
+        return State(
+            set(), (), 0.0, np.zeros(len(self._norm_Q), np.float32), zeros, zeros.copy(), zeros.copy(), nothing
+        )
+
+    def read(self, state: State, ids: Sequence[int]) -> tuple[State, Array]:
+        """The state after ``ids``, and the features (T, S, F) at each of them."""
+        num, subjects = len(ids), len(self.subjects)
+        new_TQ = np.zeros((num, len(self._norm_Q)), dtype=np.float32)
+        new_TS = np.zeros((num, subjects), dtype=np.float32)
+        new_T = np.zeros(num)
+        named_TSK = np.zeros((num, subjects, 2), dtype=np.float32)
+        seen, tail = set(state.seen), list(state.tail)
+        for t, token in enumerate(ids):
+            tail.append(token)
+            for name, number, full, share in self._names.get(token, ()):
+                if tuple(tail[-len(name) :]) == name:
+                    named_TSK[t, number, 0 if full else 1] = max(named_TSK[t, number, 0 if full else 1], share)
+            if token < 0 or token in seen:
+                continue
+            seen.add(token)
+            weight = float(self.idf_V[token]) ** 2
+            new_T[t] = weight
+            new_TQ[t, self._by_token.get(token, [])] = weight
+            new_TS[t, self._cover_by_token.get(token, [])] = weight
+        mass_T = state.mass + np.cumsum(new_T)
+        overlap_TQ = state.overlap_Q + np.cumsum(new_TQ, axis=0)
+        cover_TS = state.cover_S + np.cumsum(new_TS, axis=0)
+        full_TS = np.maximum.accumulate(np.maximum(named_TSK[..., 0], state.full_S), axis=0)
+        part_TS = np.maximum.accumulate(np.maximum(named_TSK[..., 1], state.part_S), axis=0)
+        cosine_TQ = overlap_TQ / (self._norm_Q * np.sqrt(np.maximum(mass_T, 1e-9))[:, None].astype(np.float32))
+        sim_TS = np.maximum.reduceat(cosine_TQ, self._starts, axis=1)
+        margin_TS = sim_TS - _best_other(sim_TS)
+        share_TS = cover_TS / (mass_T + self.typical)[:, None]
+        features_TSF = np.stack([full_TS, part_TS, sim_TS, margin_TS, share_TS], axis=-1).astype(np.float32)
+        best_TS = np.maximum.accumulate(np.maximum(self.log_odds(features_TSF), state.best_S), axis=0)
+        self._best_TS = best_TS
+        end = State(
+            seen, tuple(tail[-self._longest :]), float(mass_T[-1]), overlap_TQ[-1], cover_TS[-1], full_TS[-1],
+            part_TS[-1], best_TS[-1],
+        )  # fmt: skip
+        return end, features_TSF
+
+    def log_odds(self, features: Array) -> Array:
+        """The gate on (..., F) features."""
+        odds: Array = features @ self.gate_F1[:-1] + self.gate_F1[-1]
+        return odds
+
+    def best(self, ids: Sequence[int]) -> Array:
+        """Largest log-odds so far of each subject at each position of a whole text: (T, S)."""
+        self.read(self.start(), ids)
+        return self._best_TS
+
+    def route(
+        self,
+        ids_BS: Tensor,
+        mask_BS: Tensor,
+        last: int,
+        *,
+        allowed: frozenset[str] | None = None,
+        about: Sequence[str | None] | None = None,
+    ) -> Routes:
+        """The block of each of the ``last`` positions of every sequence.
+
+        ``allowed``: subjects that may be opened at all. ``about``: the subject of each sequence, where it is known
+        from a field of the request; its block is then opened from the first position on, and no other.
+        """
+        rows, cols = ids_BS.shape
+        block_BT = np.full((rows, last), -1, dtype=np.int64)
+        odds_BT = np.full((rows, last), -np.inf, dtype=np.float32)
+        kept: dict[bytes, State] = {}
+        shut = np.array([allowed is not None and s not in allowed for s in self.subjects], dtype=bool)
+        mask_np, ids_np = mask_BS.cpu().numpy().astype(bool), ids_BS.cpu().numpy()
+        for b in range(rows) if self.subjects else ():
+            if about is not None and about[b] is not None:
+                where = self.subjects.index(str(about[b])) if about[b] in self.subjects else -1
+                if where >= 0 and not shut[where]:
+                    block_BT[b], odds_BT[b] = where, np.inf
+                continue
+            places = np.flatnonzero(mask_np[b])
+            text = ids_np[b, places]
+            fresh = places >= cols - last
+            before, now = text[~fresh], text[fresh]
+            if not len(now):
+                continue
+            state = self._last.get(before.tobytes()) if len(before) else self.start()
+            if state is None:
+                state, _ = self.read(self.start(), before.tolist())
+            end, _ = self.read(state, now.tolist())
+            kept[text.tobytes()] = end
+            best_TS = np.where(shut, -np.inf, self._best_TS)
+            chosen_T = best_TS.argmax(1)
+            odds_T = best_TS[np.arange(len(now)), chosen_T]
+            at = places[fresh] - (cols - last)
+            odds_BT[b, at] = odds_T
+            block_BT[b, at] = np.where(odds_T >= self.threshold, chosen_T, -1)
+        self._last = kept
+        device = ids_BS.device
+        chance_BT = torch.from_numpy(odds_BT).sigmoid()
+        return Routes(self.subjects, torch.from_numpy(block_BT).to(device), chance_BT.to(device))
+
+
+def _inverted(bags: Sequence[frozenset[int]]) -> dict[int, Array]:
+    found: dict[int, list[int]] = {}
+    for number, bag in enumerate(bags):
+        for token in bag:
+            found.setdefault(token, []).append(number)
+    return {token: np.array(numbers, dtype=np.int64) for token, numbers in found.items()}
+
+
+def _best_other(sim_TS: Array) -> Array:
+    """For each subject the largest similarity of all others; 0 where there is no other."""
+    if sim_TS.shape[1] < 2:
+        return np.zeros_like(sim_TS)
+    top_T2 = np.sort(sim_TS, axis=1)[:, -2:]
+    first = np.arange(sim_TS.shape[1])[None] == sim_TS.argmax(1)[:, None]
+    other: Array = np.where(first, top_T2[:, :1], top_T2[:, 1:])
+    return other

@@ -1,0 +1,97 @@
+"""A made-up private set, so that gates can be fitted without a private text.
+
+Public people under names that nobody has: the first name of one, the last name of another. To the base they are as
+unknown as private subjects; the people as they are called in truth ask the same questions and must not be let in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from expunge.data.samples import Probe, Sample, subjects
+from expunge.errors import UserError
+
+FEWEST = 4  # public subjects from which gates can be fitted and calibrated
+
+
+@dataclass(frozen=True)
+class Surrogates:
+    """``stored`` stands for private samples; the others are public and must stay closed.
+
+    ``fit`` and ``calibrate`` have different subjects. ``renamed`` tells whether the stored ones have made-up names;
+    where samples name nobody they are public subjects as they are.
+    """
+
+    stored: tuple[Sample, ...]
+    fit: tuple[Sample, ...]
+    calibrate: tuple[Sample, ...]
+    renamed: bool
+
+
+def surrogates(public: Sequence[Sample]) -> Surrogates:
+    """Split public samples by subject, in the order of the subjects' names.
+
+    Every second subject is stored; the true people behind the stored ones, and those who were not, are shared out
+    between fitting and calibration.
+
+    Raises:
+        UserError: fewer than :data:`FEWEST` subjects.
+    """
+    people = sorted(subjects(public))
+    if len(people) < FEWEST:
+        raise UserError(
+            f"a zone fits its gate on public texts of at least {FEWEST} subjects, and {len(people)} were given: add "
+            "samples in role utility (--utility FILE, or a dataset that has them)."
+        )
+    of = {who: [s for s in public if s.subject == who] for who in people}
+    names = {who: next((s.names for s in of[who] if s.names), ()) for who in people}
+    known = {n[0] for n in names.values() if n}
+    chosen = people[::2]
+    called = {who: _new_name(who, people, names, known) for who in chosen}
+    renamed = all(called.values())
+    stored = [rename(s, names[who], called[who]) if renamed else s for who in chosen for s in of[who]]
+    # The true namesakes are the hardest to keep out; without new names they are the stored ones themselves.
+    rest = people if renamed else people[1::2]
+    return Surrogates(
+        tuple(stored),
+        tuple(s for who in rest[::2] + rest[3::4] for s in of[who]),
+        tuple(s for who in rest[1::4] for s in of[who]),
+        renamed,
+    )
+
+
+def _new_name(who: str, people: Sequence[str], names: dict[str, tuple[str, ...]], known: set[str]) -> str:
+    """First word of one's name and last word of another's, such that nobody is called so; empty if impossible."""
+    if not names[who] or len(names[who][0].split()) < 2:
+        return ""
+    start = people.index(who)
+    for step in range(1, len(people)):
+        other = names[people[(start + step) % len(people)]]
+        if other and len(other[0].split()) > 1:
+            made = f"{names[who][0].split()[0]} {other[0].split()[-1]}"
+            if made not in known:
+                known.add(made)
+                return made
+    return ""
+
+
+def rename(sample: Sample, names: Sequence[str], name: str) -> Sample:
+    """The sample about somebody called ``name``: full names, and the last word of the old name, are exchanged."""
+    old, new = names[0].split(), name.split()
+    swaps = {names[0]: name, old[-1]: new[-1]}
+    pattern = re.compile("|".join(rf"(?<!\w){re.escape(x)}(?!\w)" for x in sorted(swaps, key=len, reverse=True)))
+
+    def put(text: str | int) -> str:
+        return pattern.sub(lambda found: swaps[found.group()], str(text))
+
+    return replace(
+        sample,
+        id=f"surrogate/{sample.id}",
+        subject=name,
+        prompt=put(sample.prompt),
+        target=put(sample.target),
+        names=(name, new[-1], new[0]),
+        probes=tuple(Probe(kind=p.kind, prompt=put(p.prompt), target=put(p.target)) for p in sample.probes),
+    )
