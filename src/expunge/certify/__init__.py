@@ -1,0 +1,1 @@
+"""Certificates: claims with their evidence, the signed statement, and its verification."""

@@ -1,0 +1,172 @@
+"""Certify a run: claims, statement, signature, files. Nothing is overwritten and nothing is half written."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from expunge.certify.commitments import Keys, read_keys
+from expunge.certify.evidence import RunFacts, read_run, rows
+from expunge.certify.page import page
+from expunge.certify.privacy import refuse_personal
+from expunge.certify.signing import cosign, envelope, private_key
+from expunge.certify.statement import Request, build
+from expunge.certify.vendored import LEVELS, Unreadable, load, read_envelope, read_statement, read_time
+from expunge.errors import UserError
+from expunge.files import SCRATCH
+
+CERTIFICATE, KEYS, PAGE = "certificate.json", ".keys.json", ".html"
+DAYS = 365  # for which a certificate is valid: attacks get better, and evidence gets old
+
+
+@dataclass(frozen=True)
+class Issued:
+    """What :func:`certify` made. The paths are None when nothing was signed."""
+
+    statement: Mapping[str, Any]
+    certificate: Path | None = None
+    keys: Path | None = None
+    page: Path | None = None
+    new: bool = True
+
+    @property
+    def verdict(self) -> str:
+        return str(self.statement["predicate"]["verdict"])
+
+    @property
+    def claims(self) -> Sequence[Mapping[str, Any]]:
+        found: Sequence[Mapping[str, Any]] = self.statement["predicate"]["claims"]
+        return found
+
+
+def certify(
+    run: Path | str,
+    *,
+    key: Path | str | None = None,
+    model: Path | str | None = None,
+    out: Path | str | None = None,
+    request: Request | None = None,
+    days: int = DAYS,
+    now: datetime | None = None,
+) -> Issued:
+    """Sign what a finished run shows about its model; without ``key`` say only what would be signed.
+
+    ``certificate.json`` and beside it ``certificate.keys.json`` (the keys of its commitments, for the signer alone)
+    and ``certificate.html`` go into the run folder, or to ``out``. The same call on the same run gives the same
+    bytes, and changes nothing. A ``run`` that is itself a certificate gets one more signature; it goes to ``out``.
+
+    Raises:
+        UserError: the run, model or key is not fit for it, or another certificate is there already.
+    """
+    now = (now or datetime.now(UTC)).replace(microsecond=0)
+    if days < 1:
+        raise UserError(f"a certificate for {days} days says nothing: give at least 1.")
+    if Path(run).is_file():
+        return _cosigned(Path(run), key, out, now)
+    facts = read_run(run, model)
+    signer = None if key is None else private_key(key, now)
+    target = facts.folder / CERTIFICATE if out is None else Path(out)
+    if target.suffix != ".json":
+        raise UserError(f"--out '{target}' must end in .json; keys and page go beside it.")
+    secret = target.with_suffix(KEYS)
+    there = load(target) if signer is not None and target.exists() else None
+    keys, created, until = _earlier(there, target, secret, now, now + timedelta(days=days))
+    payload = build(facts, claims_of(facts), keys, request or Request(), created, until)
+    statement = read_statement(payload)
+    refuse_personal(statement, rows(facts.folder))
+    if signer is None:
+        return Issued(statement)
+    certificate = envelope(payload, [signer])
+    if there is not None:
+        if there != certificate:
+            raise UserError(f"'{target}' is another certificate, and none is overwritten: choose a new --out.")
+        return Issued(statement, target, secret, _written_page(target, statement), new=False)
+    if not secret.exists():
+        keys.write(secret)
+    _place(target, certificate)
+    return Issued(statement, target, secret, _written_page(target, statement))
+
+
+def claims_of(facts: RunFacts) -> list[dict[str, Any]]:
+    """Claims with their verdicts, from the checkers of the levels."""
+    if importlib.util.find_spec("expunge.certify.levels") is None:
+        return [unsupported(level) for level in LEVELS]
+    from expunge.certify.levels import claims_of_run
+
+    return [dict(claim) for claim in claims_of_run(facts)]
+
+
+def unsupported(level: str) -> dict[str, Any]:
+    """The claim record of a level for which the run holds no evidence."""
+    return {
+        "level": level,
+        "claim": f"Nothing is claimed at {level}: the run holds no evidence for it.",
+        "verdict": "unsupported",
+        "assumptions": [],
+        "evidence": {},
+        "not_claimed": [],
+    }
+
+
+def _earlier(
+    there: bytes | None, target: Path, secret: Path, now: datetime, until: datetime
+) -> tuple[Keys, datetime, datetime]:
+    """Keys and times of the certificate that is there, so that the same run gives the same bytes; else new ones.
+
+    Keys without a certificate are those of a call that was stopped in between, and are used.
+    """
+    if not secret.exists():
+        if there is not None:
+            raise UserError(f"'{target}' is there and its '{secret.name}' is not: choose a new --out.")
+        return Keys(), now, until
+    keys = read_keys(secret)
+    if there is None:
+        return keys, now, until
+    try:
+        predicate = read_statement(read_envelope(there).payload)["predicate"]
+    except Unreadable as error:
+        raise UserError(f"'{target}' is there and cannot be read ({error}): choose a new --out.") from error
+    return keys, read_time(predicate["created"], "created"), read_time(predicate["valid_until"], "valid_until")
+
+
+def _cosigned(certificate: Path, key: Path | str | None, out: Path | str | None, now: datetime) -> Issued:
+    if key is None or out is None:
+        raise UserError("to add a signature to a certificate give --key PEM and --out for the certificate with both.")
+    try:
+        data = load(certificate)
+        statement = read_statement(read_envelope(data).payload)
+    except Unreadable as error:
+        raise UserError(f"'{certificate}' cannot be signed: {error}") from error
+    _place(Path(out), cosign(data, private_key(key, now)))
+    return Issued(statement, Path(out))
+
+
+def _place(path: Path, data: bytes) -> None:
+    """Write a file that is not there yet: whole under another name first, then linked to its own."""
+    import os
+    import secrets
+
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{SCRATCH}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with scratch.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(scratch, path)  # unlike a rename, this never replaces anything
+    except FileExistsError:
+        raise UserError(f"'{path}' exists, and nothing is overwritten: choose a new --out.") from None
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be written ({error.strerror}): choose another --out.") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _written_page(target: Path, statement: Mapping[str, Any]) -> Path:
+    from expunge.files import write_text
+
+    return write_text(target.with_suffix(PAGE), page(statement, target.name))
