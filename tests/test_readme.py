@@ -22,21 +22,27 @@ PYTHON = [body for language, body in BLOCKS if language == "python"]
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``my-model``, ``forget.jsonl`` and ``retain.jsonl``, as the README supposes."""
+    """A folder with models and files as the README supposes them: ``my-model``, ``forget.jsonl``, ..."""
+    import torch
+
     from expunge.data.files import load_files
     from expunge.models.load import save_model
     from expunge.models.tiny import init_text
 
     folder = tmp_path_factory.mktemp("readme")
     (sample,) = (json.loads(body) for language, body in BLOCKS if language == "json")
-    for role, count in (("forget", 4), ("retain", 8)):
+    for role, count in (("forget", 4), ("retain", 8), ("holdout", 6)):
         rows = [
             {**sample, "id": f"{role}-{i}", "subject": f"{role} {i}", "prompt": f"Where does {role} {i} live?"}
             for i in range(count)
         ]
         (folder / f"{role}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = load_files(forget=folder / "forget.jsonl", retain=folder / "retain.jsonl")
-    save_model(init_text(data.private, "tiny-test"), folder / "my-model")
+    for seed, name in enumerate(("my-model", "unlearned", "retrained-1", "retrained-2")):
+        torch.manual_seed(seed)
+        save_model(init_text(data.private, "tiny-test", seed=seed), folder / name)
+    (table,) = (body for language, body in BLOCKS if language == "csv")
+    (folder / "table.csv").write_text(table)
     return folder
 
 
@@ -53,8 +59,8 @@ def execute(command: list[str], folder: Path) -> subprocess.CompletedProcess[str
 
 
 def copied(workshop: Path, folder: Path) -> Path:
-    for name in ("my-model", "forget.jsonl", "retain.jsonl"):
-        (folder / name).symlink_to(workshop / name)
+    for file in workshop.iterdir():
+        (folder / file.name).symlink_to(file)
     return folder
 
 
@@ -67,6 +73,9 @@ def test_commands_run(body: str, workshop: Path, tmp_path: Path) -> None:
             assert isinstance(json.loads(done.stdout), dict)
     if "--out runs/erase-17" in body:
         assert (folder / "runs/erase-17/model/config.json").is_file()
+    if "--out runs/audit" in body:
+        audit = json.loads((folder / "runs/audit/audit.json").read_text())
+        assert len(audit["vector"]) == 4 and not audit["failed"] and sum(audit["completeness"]["counts"].values()) == 4
 
 
 @pytest.mark.parametrize("body", PYTHON, ids=["erase"])

@@ -217,9 +217,7 @@ def test_a_protocol_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return {"protocol": name}
 
     monkeypatch.setattr(protocols, "run_protocol", stand_in)
-    line = (
-        "--protocol scoreui --data digits --data-option size=9 --init tiny --seed 3 --quick --shadows 4"
-    )
+    line = "--protocol scoreui --data digits --data-option size=9 --init tiny --seed 3 --quick --shadows 4"
     assert expunge(*line.split(), "--set", "points=5", "--out", tmp_path) == 0
     table = "score   auc\nIAM-On\np       0.5"
     assert capsys.readouterr().out == f"# Protocol\n\n{table}\nwritten to {tmp_path / 'scoreui'}.\n"

@@ -179,7 +179,11 @@ def compared(
     modalities=ALL,
 )
 def reference_ratio(exam: Exam, checkpoint: Checkpoint, options: AgainstOptions) -> Finding:
-    """Loss over the loss of a model that never saw the sample."""
+    """Loss over the loss of a model that never saw the sample.
+
+    Takes the difficulty of the text out: near -1 for what the other model finds as easy, near 0 for what only this one
+    knows. Models with other tokens are compared in bits per byte.
+    """
     against = rivals(exam, checkpoint, options.against)
     return compared(exam, checkpoint, against, "reference_ratio", ratio_score, tokens=False)
 
@@ -197,7 +201,11 @@ def reference_ratio(exam: Exam, checkpoint: Checkpoint, options: AgainstOptions)
     modalities=ALL,
 )
 def reference_difference(exam: Exam, checkpoint: Checkpoint, options: AgainstOptions) -> Finding:
-    """How much lower the loss is than that of a model that never saw the sample."""
+    """How much lower the loss is than that of a model that never saw the sample.
+
+    Difficulty calibration, in nats per token (bits per byte between models with other tokens). Above 0 the text is
+    easier here than for the mean of the other models.
+    """
     against = rivals(exam, checkpoint, options.against)
     return compared(exam, checkpoint, against, "reference_difference", difference_score, tokens=False)
 
@@ -226,7 +234,13 @@ class EZOptions(AgainstOptions):
     modalities=WORDS,
 )
 def ez_mia(exam: Exam, checkpoint: Checkpoint, options: EZOptions) -> Finding:
-    """Whether even the tokens that the model gets wrong are likelier than under a model that never saw the sample."""
+    """Whether even the tokens that the model gets wrong are likelier than under a model that never saw the sample.
+
+    Only error tokens count, those that are not the arg-max: there memory shows first. The paper's ratio of sums is
+    undefined, or 0, for a text without error tokens or without a fall, which are those known best; here both sums are
+    means with one pseudo-token of the text's own mean shift, plus ``smoothing``. Models with other tokens are left
+    out.
+    """
     against = rivals(exam, checkpoint, options.against)
     score: PairScore = lambda ours, theirs, same: ez_score(ours, theirs, options.smoothing)  # noqa: E731
     return compared(exam, checkpoint, against, "ez_mia", score, tokens=True)
@@ -245,7 +259,11 @@ def ez_mia(exam: Exam, checkpoint: Checkpoint, options: EZOptions) -> Finding:
     modalities=WORDS,
 )
 def wbc(exam: Exam, checkpoint: Checkpoint, options: AgainstOptions) -> Finding:
-    """In how many windows of the text the model beats one that never saw it."""
+    """In how many windows of the text the model beats one that never saw it.
+
+    Window-based comparison: a share of wins instead of a sum of losses, so that one odd token decides nothing. 1 means
+    lower loss in every window, 0.5 is chance. Models with other tokens are left out.
+    """
     against = rivals(exam, checkpoint, options.against)
     return compared(exam, checkpoint, against, "wbc", lambda a, b, same: window_score(a, b), tokens=True)
 
@@ -270,9 +288,14 @@ def update(exam: Exam, checkpoint: Checkpoint, name: str, score: PairScore) -> F
     formula="loss after unlearning - loss of the original",
     needs=("original",),
     modalities=ALL,
+    two_sided=False,
 )
 def update_loss(exam: Exam, checkpoint: Checkpoint, options: NoOptions) -> Finding:
-    """Trace of the request: how far the loss has risen since the original."""
+    """Trace of the request: how far the loss has risen since the original.
+
+    It finds what was in the forget request, not what is left: an exact retrain shows it as well, and so does every good
+    method. Read it beside the reference's: a clearly higher AUC means that the forgetting left a mark of its own.
+    """
     return update(exam, checkpoint, "update_loss", difference_score)
 
 
@@ -285,7 +308,11 @@ def update_loss(exam: Exam, checkpoint: Checkpoint, options: NoOptions) -> Findi
     formula="logit p of the original - logit p after unlearning, p = exp(-loss)",
     needs=("original",),
     modalities=ALL,
+    two_sided=False,
 )
 def update_logit(exam: Exam, checkpoint: Checkpoint, options: NoOptions) -> Finding:
-    """Trace of the request on the logit scale, where a fall from near certainty counts for more."""
+    """Trace of the request on the logit scale, where a fall from near certainty counts for more.
+
+    As ``update_loss``, with log(p / (1 - p)): it finds what was in the forget request, also in an exact retrain.
+    """
     return update(exam, checkpoint, "update_logit", logit_difference_score)
