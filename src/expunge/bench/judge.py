@@ -111,8 +111,8 @@ def judge(
     The standard error of the difference has two parts: the spread over subjects, and, from two references on, that
     between references, since the audited model is one more training. With one reference the latter is not known, and
     false alarms are more frequent than they should be; the row's note says so. The p-value is Student's, with the
-    degrees of freedom of both parts added: where two references differ much this promises a little too much for a
-    single score, but Welch's degrees of freedom (near 1 there) could never show anything after correction.
+    degrees of freedom of Welch and Satterthwaite. That holds its level where models differ less than subjects; where
+    two references agree by luck although models differ much, it alarms too often: then give more references.
     """
     name = f"{panel.score}-{'auc' if panel.ranks else 'mean'}/1"
     if panel.ranks:
@@ -193,20 +193,20 @@ def _tested(
     level: float,
 ) -> Judged:
     num = len(between_R)
-    variance = spread**2
+    parts = [(spread**2, degrees)]  # variance, degrees of freedom
     note = "one reference: the spread between retrained models is not known"
     if num > 1:
-        variance += float(between_R.var(ddof=1)) * (1 + 1 / num)
-        degrees += num - 1
+        parts.append((float(between_R.var(ddof=1)) * (1 + 1 / num), num - 1))
         note = ""
+    variance = sum(own for own, _ in parts)
     if not math.isfinite(variance) or degrees < 1:
         reason = "one subject: nothing is known of the spread over subjects"
         return Judged(panel, models, Estimate(gap, n=count, definition=name, note=reason), verdict=NOT_SHOWN)
-    error = math.sqrt(variance)
-    half = float(scipy_stats.t.ppf((1 + level) / 2, degrees)) * error
-    p = 1.0 if gap == 0 else by_chance  # without any spread: how seldom the labels would fall like this
-    if error > 0:
-        p = float(2 * scipy_stats.t.sf(abs(gap) / error, degrees))
+    half, p = 0.0, 1.0 if gap == 0 else by_chance  # without any spread: how seldom the labels would fall like this
+    if variance > 0:
+        error, freedom = math.sqrt(variance), variance**2 / sum(own**2 / count for own, count in parts)
+        half = float(scipy_stats.t.ppf((1 + level) / 2, freedom)) * error
+        p = float(2 * scipy_stats.t.sf(abs(gap) / error, freedom))
     return Judged(panel, models, Estimate(gap, gap - half, gap + half, count, name, note), p)
 
 
