@@ -178,7 +178,7 @@ def method(facts: RunFacts, keys: Keys) -> dict[str, Any]:
         record = made.record
         full = str(made.config.get("method", ""))
         name = named(full.rpartition(".py:")[2] if ".py:" in full else full)  # of a method in a file, not its path
-        row = next((r for r in made.results.get("rows", []) if r.get("kind") == "method"), {})
+        row: Mapping[str, Any] = next((r for r in made.results.get("rows", []) if r.get("kind") == "method"), {})
         helpers = row.get("properties", {}).get("helpers_hold_data")
         kind = "zone" if (name or "").startswith("zone") else "retrain" if name == "retrain" else "edit"
     return {

@@ -74,7 +74,10 @@ def certify(
         raise UserError(f"--out '{target}' must end in .json; keys and page go beside it.")
     secret = target.with_suffix(KEYS)
     there = load(target) if signer is not None and target.exists() else None
-    keys, created, until = _earlier(there, target, secret, now, now + timedelta(days=days))
+    until = now + timedelta(days=days)
+    if signer is not None and signer.expires is not None:
+        until = min(until, signer.expires)  # afterwards nobody could tell this signature from one dated back
+    keys, created, until = _earlier(there, target, secret, now, until)
     payload = build(facts, claims_of(facts), keys, request or Request(), created, until)
     statement = read_statement(payload)
     refuse_personal(statement, rows(facts.folder))

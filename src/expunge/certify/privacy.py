@@ -46,9 +46,9 @@ def _terms(row: Mapping[str, Any]) -> Iterator[str]:
         if len(value) >= SHORTEST and any(c.isalpha() for c in value):
             yield value
     for key in TEXTS:
-        value = row.get(key)
-        if isinstance(value, str) and len(value) >= SHORTEST and not re.fullmatch(r"[a-z]+|[\d.,]+", value):
-            yield value
+        text = row.get(key)
+        if isinstance(text, str) and len(text) >= SHORTEST and not re.fullmatch(r"[a-z]+|[\d.,]+", text):
+            yield text
 
 
 def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:

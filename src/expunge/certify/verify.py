@@ -88,15 +88,14 @@ def verify(
         raise UserError("--run and --commitments belong together: the run's files, and the keys to compare them by.")
     if not pub:
         raise UserError(
-            f"without a public key nothing can be checked: give --pub with the {PUBLIC}.pem that you got from the signer."
+            f"without a public key nothing can be checked: give --pub with the {PUBLIC}.pem that the signer gave you."
         )
     keys: list[PublicKey] = [public_key(p) for p in pub]
-    folder = Path(model) if model is not None else path.parent / "model"
+    beside = path.parent / "model"
+    folder = Path(model) if model is not None else beside if beside.is_dir() else None
     try:
         data = load(path)
-        found = list(
-            check(data, keys, folder if model is not None or folder.is_dir() else None, now=now, threshold=threshold)
-        )
+        found = check(data, keys, folder, now=now, threshold=threshold)
         trusted = any(f.state == "holds" for f in found)
         statement = read_statement(read_envelope(data).payload) if trusted else None
     except Unreadable as error:

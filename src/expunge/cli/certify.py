@@ -1,0 +1,110 @@
+"""``expunge certify``."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from expunge.cli.common import Json, emit, table
+from expunge.errors import UserError
+
+if TYPE_CHECKING:
+    from expunge.certify.issue import Issued
+
+
+def command(
+    run: Annotated[Path, typer.Argument(help="Folder of an unlearn or audit run; or a certificate, to sign it too.")],
+    key: Annotated[Path | None, typer.Option("--key", help="Private key; shows only, if none.")] = None,
+    model: Annotated[Path | None, typer.Option("--model", "-m", help="The model, if the run had it elsewhere.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="File of the certificate; certificate.json in the run, if none.")
+    ] = None,
+    days: Annotated[int, typer.Option("--days", help="Days for which the certificate is valid.")] = 365,
+    request: Annotated[str | None, typer.Option("--request", help="Id of the request; random, never a name.")] = None,
+    regime: Annotated[str | None, typer.Option("--regime", help="Law under which it was made, e.g. gdpr.")] = None,
+    received: Annotated[str | None, typer.Option("--received", metavar="DATE", help="When it was received.")] = None,
+    due: Annotated[str | None, typer.Option("--due", metavar="DATE", help="When it was due.")] = None,
+    disposal: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--disposal",
+            metavar="WHAT=STATE[@DATE]",
+            help="What became of original, adapters, optimizer, caches or helpers: destroyed@DATE, sealed@DATE or "
+            "unknown; repeat for more.",
+        ),
+    ] = None,
+    timestamp: Annotated[
+        Path | None, typer.Option("--timestamp", help="RFC 3161 token (.tsr) over the digest of the model's manifest.")
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Sign what a run shows about its model: claims, evidence, and what is not claimed.
+
+    certificate.json, its keys of commitments and a page for people go into the run folder. Without --key it shows what
+    would be signed. The exit code is 1 when nothing can be certified: the certificate then says so.
+
+    Examples:
+      expunge certify runs/erase-17 --key signing.pem
+      expunge certify runs/erase-17 --key signing.pem --regime gdpr --disposal original=sealed@2026-11-20
+      expunge certify runs/erase-17/certificate.json --key auditor.pem --out both.json
+    """
+    from expunge.certify.issue import certify
+    from expunge.certify.statement import Request, day
+
+    given = Request(
+        id=request,
+        regime=regime,
+        received=day(received, "--received"),
+        due=day(due, "--due"),
+        disposal=disposals(disposal),
+        timestamp=None if timestamp is None else token(timestamp),
+    )
+    made = certify(run, key=key, model=model, out=out, request=given, days=days)
+    places = {"certificate": made.certificate, "keys": made.keys, "page": made.page}
+    record = {k: v for k, v in places.items() if v is not None} | {"new": made.new, "verdict": made.verdict}
+    emit(record | {"statement": made.statement}, described(made), json)
+    return int(made.verdict == "refused")
+
+
+def disposals(given: list[str] | None) -> dict[str, tuple[str, datetime | None]]:
+    """``["original=sealed@2026-11-20"]`` as ``{"original": ("sealed", time)}``.
+
+    Raises:
+        UserError: no ``=``, an artefact given twice, or no date.
+    """
+    from expunge.certify.statement import day
+    from expunge.cli.common import key_values
+
+    found = {}
+    for artefact, text in key_values(given, "--disposal").items():
+        state, _, when = text.partition("@")
+        found[artefact] = (state, day(when or None, f"--disposal {artefact}"))
+    return found
+
+
+def token(path: Path) -> bytes:
+    """The bytes of a time-stamp token.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"--timestamp '{path}' cannot be read: {error.strerror}.") from error
+
+
+def described(made: Issued) -> str:
+    """What was made, for people."""
+    rows = [(c["level"], c["verdict"], c["claim"]) for c in made.claims]
+    text = f"verdict: {made.verdict}\n\n{table(rows)}\n"
+    if made.certificate is None:
+        digest = made.statement["subject"][0]["digest"]["sha256"]
+        return f"{text}digest of the manifest: {digest}\nNothing was signed: give --key (see expunge keygen)."
+    text += f"certificate  {made.certificate}{'' if made.new else ' (was there, byte for byte)'}\n"
+    if made.page is not None:
+        text += f"page         {made.page}\nkeys         {made.keys} (destroy them, and the commitments say nothing)\n"
+    return text
