@@ -26,6 +26,7 @@ from expunge.bench.single import (
 )
 from expunge.bench.study import Study
 from expunge.bench.validation import DATA, METHODS, ValidationOptions, validate
+from expunge.bench.zones import check_zone, train_zone
 from expunge.completeness import run as _completeness
 from expunge.data.samples import Dataset, Role
 from expunge.errors import UserError
@@ -306,6 +307,8 @@ def train(
     retain: Text | None = None,
     utility: Text | None = None,
     roles: Sequence[Role] = ("forget", "retain"),
+    zone: str | None = None,
+    set: Mapping[str, Any] | None = None,
     optimizer: str = "adamw",
     epochs: float | None = None,
     batch_size: int | None = None,
@@ -319,7 +322,7 @@ def train(
     quiet: bool = True,
     dry_run: bool = False,
 ) -> Result:
-    """Train an original, a reference or a base; see ``expunge train --help``.
+    """Train an original, a reference or a base, or put a zone over a base; see ``expunge train --help``.
 
     Raises:
         UserError: see :func:`unlearn`.
@@ -347,15 +350,25 @@ def train(
     dataset = request.dataset()
     check_roles(dataset, roles)
     check_preset(init)
+    if set and zone is None:
+        raise UserError("--set gives options of a zone, and no --zone was named: add --zone store, or leave --set out.")
+    if zone is not None:
+        check_zone(dataset, roles, zone, set or {}, start=model)
     estimate = "a small new model"
     if model is not None:
         estimate = check_room(str(model), Path(out), request, train=True, copies=0)
     start = None if model is None else str(model)
     config = {"model": start, "init": init, "roles": list(roles), "training": values, **request.config()}
+    if zone is not None:
+        config |= {"zone": zone, "set": dict(set or {})}
     if dry_run:
         return Result(Path(out), plan={"config": config, "estimate": estimate})
     with open_run(out, "train", config, dataset, {"model": model}, [seed]) as run:
-        if not run.done:
+        if not run.done and zone is not None:
+            train_zone(
+                run, request, dataset, zone, set or {}, model=str(model), roles=roles, progress=shown(quiet, run)
+            )
+        elif not run.done:
             train_model(run, request, dataset, options, model=start, init=init, roles=roles, progress=shown(quiet, run))
         return Result(run.folder, run.folder / "model", None, run.read_json("results.json"))
 

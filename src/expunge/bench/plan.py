@@ -33,7 +33,8 @@ def parse_methods(text: str) -> list[Entry]:
         UserError: unknown method or option (the nearest is suggested), or the same entry twice.
     """
     entries: list[Entry] = []
-    names = [n for n in all_methods() if n != "retrain"] if text.strip() == "all" else text.split(",")
+    edits = [n for n in all_methods() if n != "retrain" and not n.startswith("zone-")]  # those need a model with a zone
+    names = edits if text.strip() == "all" else text.split(",")
     for raw in names:
         item = raw.strip()
         if not item:

@@ -24,6 +24,7 @@ from expunge.cli.common import (
     Quiet,
     Retain,
     Seed,
+    Set,
     Template,
     Utility,
     commas,
@@ -47,6 +48,11 @@ def command(
     roles: Annotated[
         str, typer.Option("--roles", help="Roles to train on, joined by commas; retain alone makes a reference.")
     ] = "forget,retain",
+    zone: Annotated[
+        str | None,
+        typer.Option("--zone", help="Keep the samples in a removable zone over the frozen model: store, ridge, ..."),
+    ] = None,
+    set_: Set = None,
     optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, muon or sgd.")] = "adamw",
     epochs: Epochs = None,
     batch_size: BatchSize = None,
@@ -62,10 +68,14 @@ def command(
 ) -> None:
     """Train an original, a reference or a base; a killed training goes on where it stopped.
 
+    With --zone no weight is trained: what the samples say goes into a memory from which subjects and records can be
+    removed exactly. Its keys are written beside the model folder; --set gives options of the zone.
+
     Examples:
       expunge train --init tiny --data people --roles utility --out runs/base
       expunge train --model runs/base/model --data people --out runs/original
       expunge train --model runs/base/model --data people --roles retain --seed 1 --out runs/reference
+      expunge train --model runs/base/model --data people --zone store --out runs/zone
     """
     from expunge.api import train
 
@@ -81,6 +91,8 @@ def command(
         retain=retain,
         utility=utility,
         roles=commas(roles),  # type: ignore[arg-type]
+        zone=zone,
+        set=key_values(set_),
         optimizer=optimizer,
         epochs=epochs,
         batch_size=batch_size,

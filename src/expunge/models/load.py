@@ -41,6 +41,7 @@ DTYPES = {
     "fp16": torch.float16,
     "float16": torch.float16,
 }
+ZONE = "zone.json"  # beside the weights of a base: the model is that base with a zone
 MAX_CONTEXT = 1024  # longest sequence unless --context says otherwise
 STRICT: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -64,7 +65,7 @@ def load_model(
     lora: LoraOptions | None = None,
     seed: int = 0,
 ) -> Loaded:
-    """Load a causal language model, image classifier or LLaVA model, or a LoRA adapter with its base.
+    """Load a causal language model, image classifier or LLaVA model, a LoRA adapter or a zone with its base.
 
     Args:
         name_or_folder: a local folder; where there is none, a hub name (only then is the network used).
@@ -90,6 +91,8 @@ def load_model(
         model = apply_lora(model, lora, seed=seed)
     model.to(place)
     model.eval()
+    if (folder.path / ZONE).is_file():
+        model = _with_zone(model, folder, lora)
     if isinstance(adapter, (TextAdapter, ClassifierAdapter)):
         adapter.bind(model)
     return Loaded(model, adapter, str(name_or_folder))
@@ -280,6 +283,16 @@ def _with_adapter(model: nn.Module, folder: ModelFolder) -> nn.Module:
         raise UserError(f"the adapter '{folder.path}' does not fit its base: '{lost[0]}' is only on one side.")
     out: nn.Module = wrapped
     return out
+
+
+def _with_zone(model: nn.Module, folder: ModelFolder, lora: LoraOptions | None) -> nn.Module:
+    # Zones stand above models in the house, and only this folder's content says that one is needed.
+    from expunge.zones.model import ZonedModel
+    from expunge.zones.storage import load_zone
+
+    if lora is not None:
+        raise UserError(f"'{folder.path}' is a base with a zone, whose weights are frozen: leave --lora out.")
+    return ZonedModel(model, load_zone(folder.path, model))
 
 
 def save_model(loaded: Loaded, folder: str | Path, *, merge: bool = False) -> Path:

@@ -56,7 +56,7 @@ def fit_mixer(trial: Store, base: FrozenBase, made: Surrogates, seed: int) -> di
             likelihood_M = chance_M * votes_M + (1 - chance_M) * base_M
             loss = -(share_M * likelihood_M.clamp_min(1e-9).log()).sum()
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     named = zip("wbvc", (w_FH, b_H, v_H, c_1), strict=True)
     return {f"mix.{name}": np.ascontiguousarray(tensor.detach().numpy()) for name, tensor in named}
@@ -68,7 +68,7 @@ def _groups(made: Surrogates) -> dict[str, list[tuple[Sample, str]]]:
     stored = _some([(s, s.subject) for s in made.stored])
     found = {"stored": stored}
     for kind in ("paraphrase", "restated"):
-        found[kind] = [(s.as_probe(p), who) for s, who in stored for p in s.probes_of(kind)[:1]]  # type: ignore[arg-type]
+        found[kind] = [(s.as_probe(p), who) for s, who in stored for p in s.probes_of(kind)[:1]]
     # A block that should not have been opened: anybody's but their own.
     found["public"] = _some([(s, people[i % len(people)]) for i, s in enumerate(made.fit)])
     return found
