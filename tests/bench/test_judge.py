@@ -146,7 +146,8 @@ def test_the_forget_role_is_the_one_that_is_judged() -> None:
 
 
 def slow_auc(positives: Any, negatives: Any) -> float:
-    return sum((p > n) + (p == n) / 2 for p in positives for n in negatives) / len(positives) / len(negatives)
+    won = sum((p > n) + (p == n) / 2 for p in positives for n in negatives)
+    return float(won / len(positives) / len(negatives))
 
 
 def test_gap_and_error_of_aucs_are_those_of_a_slow_computation() -> None:
@@ -221,7 +222,7 @@ def test_holm() -> None:
 @pytest.mark.parametrize("of_models", [0.0, 0.1])
 @pytest.mark.parametrize("references", [2, 4])
 def test_one_audit_in_twenty_alarms_falsely_at_most(of_models: float, references: int) -> None:
-    """Twenty scores and nothing different: the chance of a single alarm is the level, if models differ less than subjects do."""
+    """Twenty scores and nothing different: the chance of a single alarm is the level, while subjects differ most."""
     rng = np.random.default_rng(5)
     models = ["audited", *(f"reference-{k}" for k in range(references))]
     alarms = 0

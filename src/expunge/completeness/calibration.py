@@ -89,7 +89,7 @@ def calibrate(
         )
     order = sorted(range(len(readings)), key=lambda i: readings.ids[i])  # sums do not depend on the order of rows
     place_N = np.array([i for i in order if readings.complete()[i]], dtype=np.intp)
-    kept = readings.select(place_N)
+    kept = readings.select(place_N.tolist())
     beside = None if holdout is None else holdout.select(holdout.complete())
     if beside is not None and not len(beside):
         raise UserError("no holdout sample has a number under every model: give some, or leave the holdout out.")
@@ -202,7 +202,7 @@ def residuals(values_N: Floats, shadow_KN: Floats, own_spread: bool = True) -> F
     """
     num = len(shadow_KN)
     away_N = values_N - shadow_KN.mean(axis=0)
-    if not own_spread:
+    if not own_spread or not away_N.size:
         return np.asarray(away_N / np.sqrt(1 + 1 / num))
     own_N = shadow_KN.var(axis=0, ddof=1)
     variance_N = ((num - 1) * own_N + PRIOR_SHADOWS * own_N.mean()) / (num - 1 + PRIOR_SHADOWS)
