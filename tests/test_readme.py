@@ -15,7 +15,15 @@ from expunge.cli.main import VERBS, invoke
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = [(language, body) for language, body in re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(language, content) of every block of code; a command that goes on after a backslash is one line."""
+    return [(language, re.sub(r" *\\\n *", " ", body)) for language, body in BLOCK.findall(page)]
+
+
+BLOCKS = blocks(README)
 SHELL = [body for language, body in BLOCKS if language == "sh" and body.startswith("expunge ")]
 PYTHON = [body for language, body in BLOCKS if language == "python"]
 
@@ -126,7 +134,7 @@ def test_commands_name_verbs_and_options_that_exist(page: Path, capsys: pytest.C
     """In blocks and in running text; placeholders stay placeholders."""
     verbs = {verb.name: verb for verb in VERBS}
     text = page.read_text(encoding="utf-8")
-    lines = [ln for b in re.findall(r"^```sh\n(.*?)^```", text, re.MULTILINE | re.DOTALL) for ln in b.splitlines()]
+    lines = [line for language, body in blocks(text) if language == "sh" for line in body.splitlines()]
     lines += re.findall(r"`(expunge [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
     for line in (ln for ln in lines if ln.startswith("expunge ") and not ln.startswith("expunge --")):
         name = line.split()[1]

@@ -6,6 +6,7 @@ import csv
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -236,6 +237,17 @@ def test_a_protocol_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "quick": True,
         "options": {"points": "5"},
     }
+
+
+def test_the_page_of_protocols_names_each_of_them_and_each_option() -> None:
+    from dataclasses import fields
+
+    from expunge.completeness.protocols import PROTOCOLS, ProtocolOptions
+
+    page = (Path(__file__).resolve().parents[2] / "docs/protocols.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in page for name in PROTOCOLS)
+    missing = {f.name for f in fields(ProtocolOptions) if not re.search(rf"(`--?|`){f.name}[`=]", page)}
+    assert not missing, "every option of the protocols stands in docs/protocols.md"
 
 
 def test_ten_thousand_rows_are_quick_and_need_no_torch(tmp_path: Path) -> None:
