@@ -1,0 +1,54 @@
+"""Tiny zones: a base that has learnt public people, private people it has never seen, and zones built over it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from expunge.data.samples import Dataset, Sample
+from expunge.models.adapter import evaluating
+from expunge.signals.forward import collect
+from expunge.zones.model import ZonedModel
+from expunge.zones.storage import digest_weights
+from expunge.zones.zone import FrozenBase, get_zone
+from tiny_text import learned, tiny_adapter, tiny_dataset
+
+SALT = "5a" * 32
+
+
+@cache
+def world() -> Dataset:
+    """Two subjects to forget, three to keep, twelve public ones."""
+    return tiny_dataset(people=5, forget=2, holdout=4, utility=12)
+
+
+@cache
+def base() -> nn.Module:
+    return learned(world()["utility"], epochs=20)
+
+
+def frozen() -> FrozenBase:
+    return FrozenBase(base(), tiny_adapter())
+
+
+def zone_over(kind: str, private: Sequence[Sample], **options: Any) -> ZonedModel:
+    """A zone of that kind over the base; ``options`` as the kind's."""
+    found, here = get_zone(kind), frozen()
+    settings = found.options(**{"false_open": 0.05, **options})
+    with evaluating(base()):
+        public = found.build.prepare(here, world()["utility"], settings, 0)
+        zone = found.build(settings, public, digest_weights(base()), SALT)
+        zone.add([zone.record(s, here.adapter) for s in private], here)
+    return ZonedModel(base(), zone)
+
+
+def probabilities(model: nn.Module, samples: Sequence[Sample]) -> np.ndarray:
+    """exp(-loss) of each sample."""
+    adapter = tiny_adapter()
+    bind: Callable[..., Any] = adapter.bind
+    bind(model)
+    return np.array([s.prob for s in collect(model, adapter, samples)])
