@@ -3,7 +3,7 @@
 The unit is a group (a subject or a document), never a token: tokens of one text depend on each other. All intervals
 hold at every n, for every distribution on [0, 1]. They speak of the population the groups were drawn from.
 
-Shape suffixes: N values, G groups.
+Shape suffixes: N values, G groups, M means that are tried.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from expunge.errors import UserError
-from expunge.stats import LEVEL, Estimate, Floats, Groups, check_level, group_codes, group_sums, hoeffding_mean
+from expunge.stats import LEVEL, Estimate, Floats, Groups, check_level, group_codes, group_sums
+
+GRID = 1000  # means that are tried; the interval is widened by one step on each side
 
 
 def group_means(values: ArrayLike, groups: Groups = None) -> Floats:
@@ -55,17 +57,39 @@ def empirical_bernstein(
     return Estimate(value, max(0.0, value - half), min(1.0, value + half), num, definition)
 
 
-def bounded_mean(values: ArrayLike, groups: Groups = None, *, level: float = LEVEL, definition: str = "") -> Estimate:
-    """The intersection of Hoeffding's and the empirical Bernstein interval, each at half the error probability.
+def bounded_mean(
+    values: ArrayLike, groups: Groups = None, *, level: float = LEVEL, seed: int = 0, definition: str = ""
+) -> Estimate:
+    """Mean over groups with the interval by betting (Waudby-Smith and Ramdas 2024, arXiv 2010.09686, section 4).
 
-    So nobody chooses the bound after seeing the data: at few groups Hoeffding's decides, at many the other one.
+    A mean m is kept as long as no gambler who bets that it is too low or too high has turned 1 into 1/α: their hedged
+    capital with predictable plug-in bets, cut at half of what ruins. Much shorter than Hoeffding's and the empirical
+    Bernstein bound at tens of groups. Groups are put in a random order first, for the bets look back.
     """
     check_level(level)
-    half_level = 1 - (1 - level) / 2
-    one = hoeffding_mean(group_means(values, groups), level=half_level)
-    other = empirical_bernstein(values, groups, level=half_level)
-    low, high = max(one.low, other.low), min(one.high, other.high)
-    return Estimate(one.value, low, high, one.n, definition)
+    means_G = np.random.default_rng(seed).permutation(group_means(values, groups))
+    num = int(means_G.size)
+    if num == 0:
+        return Estimate(math.nan, definition=definition)
+    grid_M = np.linspace(0.0, 1.0, GRID + 1)
+    wager = math.log(2 / (1 - level))
+    up_M, down_M = np.zeros_like(grid_M), np.zeros_like(grid_M)
+    kept_M = np.ones(grid_M.size, dtype=bool)
+    total, squares = 0.5, 0.25  # of a fair-coin prior: one observation at 1/2, with variance 1/4
+    with np.errstate(divide="ignore"):
+        for count, value in enumerate(means_G, 1):
+            bet = math.sqrt(2 * wager * count / (num * squares))
+            up_M += np.log1p(np.minimum(bet, 0.5 / grid_M) * (value - grid_M))
+            down_M += np.log1p(-np.minimum(bet, 0.5 / (1 - grid_M)) * (value - grid_M))
+            kept_M &= np.maximum(up_M, down_M) - math.log(2) < -math.log(1 - level)
+            total += value
+            squares += (value - total / (count + 1)) ** 2
+    value = float(means_G.mean())
+    kept = grid_M[kept_M]
+    if kept.size == 0:  # between two grid points
+        kept = np.array([value])
+    low, high = max(0.0, float(kept.min()) - 1 / GRID), min(1.0, float(kept.max()) + 1 / GRID)
+    return Estimate(value, min(low, value), max(high, value), num, definition)
 
 
 def groups_needed(half_width: float, *, level: float = LEVEL) -> int:
