@@ -372,11 +372,12 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def oms_root(manifest: Mapping[str, Mapping[str, Any]]) -> str:
-    """Root digest of OpenSSF Model Signing 1.0: SHA-256 over the files' digests in the order of their names.
+    """Root digest of OpenSSF Model Signing 1.0: SHA-256 over the files' digests in the order of their paths.
 
     It does not bind the names; :func:`manifest_digest` does. It is there to find a signature of the model by OMS.
     """
-    return hashlib.sha256(b"".join(bytes.fromhex(manifest[name]["sha256"]) for name in sorted(manifest))).hexdigest()
+    names = sorted(manifest, key=lambda name: name.split("/"))  # part by part, as the package model-signing does
+    return hashlib.sha256(b"".join(bytes.fromhex(manifest[name]["sha256"]) for name in names)).hexdigest()
 
 
 def compare(certified: Mapping[str, Any], found: Mapping[str, Any]) -> list[Finding]:
@@ -519,13 +520,13 @@ def check_statement(statement: Mapping[str, Any], now: datetime) -> list[Finding
     follows = "refused" if unchanged else overall(claims)  # the original itself has forgotten nothing
     formal = any(c["level"] in FORMAL and c["verdict"] == "certified" for c in claims)
     created, until = (read_time(predicate[key], key) for key in ("created", "valid_until"))
-    subject = statement["subject"][0]["digest"]["sha256"]
+    kind, subject = predicate["method"]["kind"], statement["subject"][0]["digest"]["sha256"]
     wrong = {
         "the subject of the statement is not the digest of its manifest.": subject
         != manifest_digest(model["manifest"]),
         "the OMS root digest is not that of the manifest.": model["oms_root"] != oms_root(model["manifest"]),
         f"the verdict is '{verdict}', and '{follows}' follows from the claims.": verdict != follows,
-        "L0 or L1 is certified for a model that was edited.": formal and predicate["method"]["kind"] == "edit",
+        f"L0 or L1 is certified, and the model came about by {kind}.": formal and kind not in ("zone", "retrain"),
         f"the certificate ran out on {until:%Y-%m-%d}: certify the model again.": now >= until,
         f"the certificate is dated {predicate['created']}, which is still to come.": now < created,
     }
