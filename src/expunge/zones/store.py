@@ -15,6 +15,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +26,11 @@ from expunge.options import option
 from expunge.zones.gate import routing
 from expunge.zones.mixer import fit_mixer, mixer_chance
 from expunge.zones.surrogates import surrogates
-from expunge.zones.text_stats import layer_of, spread
+from expunge.zones.metric import fit_metric, plain_map
+from expunge.zones.text_stats import layers_at, spreads
 from expunge.zones.zone import Array, Block, FrozenBase, Public, Record, Seen, Zone, zone
 
-SCALE = 32.0  # int8 steps per standard deviation: clips at 4 deviations
+DEPTHS = (0.5, 0.75, 1.0)  # of the layers whose states make a key
 WINDOW = 64  # tokens of a bag
 KEPT = 32  # subjects whose index stays in memory
 
@@ -37,10 +39,10 @@ KEPT = 32  # subjects whose index stays in memory
 class StoreOptions:
     """Constants of the store; none is fitted on private texts."""
 
-    depth: float = option(0.75, "layer of the keys, as a share of the depth", "layer sweep on public subjects")
-    beta: float = option(2.0, "weight of the bag of rare tokens beside the key")
     neighbours: int = option(16, "nearest rows that vote")
-    sharpness: float = option(15.0, "votes are softmax(sharpness · score)")
+    beta: float = option(1.0, "weight of the bag of rare tokens beside the key, before it is learnt")
+    sharpness: float = option(15.0, "votes are softmax(sharpness · score), before it is learnt")
+    learn: bool = option(True, "learn the key metric on public paraphrases, where there are any")
     false_open: float = option(0.01, "share of public texts that may open a block, in calibration")
 
 
@@ -48,7 +50,7 @@ class StoreOptions:
 class Index:
     """A block laid out for search, on the device of the model."""
 
-    keys_RD: Tensor  # unit length
+    keys_RK: Tensor  # unit length
     values_R: Tensor
     bags_RC: Tensor  # idf² / length where the row's bag has the token
     column_V: Tensor  # token -> column, -1 for tokens that the subject's records lack
@@ -79,26 +81,35 @@ class Store(Zone):
         """Spread of the keys' layer, idf, router gate and mixing gate, from public samples."""
         made = surrogates(public)
         arrays, constants = routing(base, public, made, options.false_open)
-        layer = layer_of(base, options.depth)
-        mean_D, deviation_D = spread(public, base, layer)
-        arrays |= {"mean": mean_D, "deviation": deviation_D}
-        fixed = {**constants, "layer": layer, "surrogates_renamed": made.renamed}
+        layers = layers_at(base, DEPTHS)
+        mean_LD, deviation_LD = spreads(public, base, layers)
+        plain_CK = plain_map(mean_LD.shape[1], len(layers))
+        arrays |= {"mean": mean_LD.ravel(), "deviation": deviation_LD.ravel(), "map": plain_CK}
+        fixed: dict[str, Any] = {**constants, "layers": layers, "surrogates_renamed": made.renamed}
+        fixed |= {"beta": options.beta, "sharpness": options.sharpness}
         # The trial store holds surrogates only, so its own list of public texts is left empty.
         trial = cls(options, Public(arrays=arrays, constants=fixed, texts=frozenset()), "", "00")
+        if options.learn:
+            arrays["map"], fixed["beta"], fixed["sharpness"] = fit_metric(trial, base, made, seed)
         trial.add([trial.record(s, base.adapter) for s in made.stored], base)
         arrays |= fit_mixer(trial, base, made, seed)
         return Public(arrays=arrays, constants=fixed, texts=frozenset(s.digest() for s in public))
 
     def extract(self, record: Record, base: FrozenBase) -> tuple[dict[str, Array], str]:
-        hidden, _ = base.states(record)
-        states_LD = hidden[self.public.constants["layer"]][record.first - 1 : -1].cpu().numpy()
-        keys_LD = np.clip(np.rint(self._normal(states_LD) * SCALE), -127, 127).astype(np.int8)
+        states_LC = self.states(record, base)
+        keys_LK = states_LC @ self.public.arrays["map"]
+        scale_L1 = 127 / np.maximum(np.abs(keys_LK).max(axis=1, keepdims=True), 1e-12)
         values_L = np.array(record.ids[record.first :], dtype=np.int32)
-        return {"keys": keys_LD, "values": values_L}, hashlib.sha256(states_LD.tobytes()).hexdigest()
+        source = hashlib.sha256(states_LC.tobytes()).hexdigest()
+        return {"keys": np.rint(keys_LK * scale_L1).astype(np.int8), "values": values_L}, source
 
-    def _normal(self, states: Array) -> Array:
-        normal: Array = (states - self.public.arrays["mean"]) / self.public.arrays["deviation"]
-        return normal
+    def states(self, record: Record, base: FrozenBase) -> Array:
+        """Standardised states (L, C) of the chosen layers where each target is predicted, the record passed alone."""
+        hidden, _ = base.states(record)
+        chosen = [hidden[layer][record.first - 1 : -1] for layer in self.public.constants["layers"]]
+        states_LC = torch.cat(chosen, dim=1).cpu().numpy()
+        normal_LC: Array = (states_LC - self.public.arrays["mean"]) / self.public.arrays["deviation"]
+        return normal_LC
 
     def adjust(self, seen: Seen) -> Tensor:
         out_BTV = seen.log_probs_BTV
@@ -116,19 +127,21 @@ class Store(Zone):
     @torch.no_grad()
     def votes(self, seen: Seen, subject: str, rows_M: Tensor, cols_M: Tensor) -> Votes:
         """The neighbours' distribution at positions (row, column of this pass), all routed to one subject."""
-        hidden_BTD = seen.hidden[self.public.constants["layer"]]
-        index = self._index(subject, hidden_BTD.device)
-        states_MD = hidden_BTD[rows_M, cols_M].float()
-        mean_D, deviation_D = (self._public(n, states_MD.device) for n in ("mean", "deviation"))
-        keys_MD = torch.nn.functional.normalize((states_MD - mean_D) / deviation_D, dim=1)
-        cosine_MR = keys_MD @ index.keys_RD.T
-        score_MR = cosine_MR + self.options.beta * (self._asked(seen, index, rows_M, cols_M) @ index.bags_RC.T)
+        chosen = [seen.hidden[layer][rows_M, cols_M] for layer in self.public.constants["layers"]]
+        states_MC = torch.cat(chosen, dim=1).float()
+        device = states_MC.device
+        index = self._index(subject, device)
+        mean_C, deviation_C, map_CK = (self._public(n, device) for n in ("mean", "deviation", "map"))
+        keys_MK = torch.nn.functional.normalize((states_MC - mean_C) / deviation_C @ map_CK, dim=1)
+        cosine_MR = keys_MK @ index.keys_RK.T
+        beta, sharpness = self.public.constants["beta"], self.public.constants["sharpness"]
+        score_MR = cosine_MR + beta * (self._asked(seen, index, rows_M, cols_M) @ index.bags_RC.T)
         top_MK, place_MK = score_MR.topk(min(self.options.neighbours, len(index.values_R)), dim=1)
-        weight_MK = (self.options.sharpness * top_MK).softmax(1)
+        weight_MK = (sharpness * top_MK).softmax(1)
         probs_MV = weight_MK.new_zeros(len(weight_MK), seen.log_probs_BTV.shape[2])
         probs_MV.scatter_add_(1, index.values_R[place_MK], weight_MK)
         best_M = place_MK[:, 0]
-        return Votes(probs_MV, top_MK[:, 0] / (1 + self.options.beta), cosine_MR.gather(1, best_M[:, None])[:, 0])
+        return Votes(probs_MV, top_MK[:, 0] / (1 + beta), cosine_MR.gather(1, best_M[:, None])[:, 0])
 
     def _asked(self, seen: Seen, index: Index, rows_M: Tensor, cols_M: Tensor) -> Tensor:
         """Bags of the query positions over the subject's tokens, (M, C), divided by the length of the whole bag."""
@@ -177,10 +190,10 @@ class Store(Zone):
                 here = column_V[bag] >= 0
                 line_C[column_V[bag[here]]] = weight[here] / max(float(weight.sum()) ** 0.5, 1e-6)
                 bags.append(line_C)
-        keys_RD = torch.from_numpy(np.concatenate([r.tensors["keys"] for r in rows]).astype(np.float32))
+        keys_RK = torch.from_numpy(np.concatenate([r.tensors["keys"] for r in rows]).astype(np.float32))
         values_R = torch.from_numpy(np.concatenate([r.tensors["values"] for r in rows]).astype(np.int64))
         return Index(
-            torch.nn.functional.normalize(keys_RD, dim=1).to(device),
+            torch.nn.functional.normalize(keys_RK, dim=1).to(device),
             values_R.to(device),
             torch.from_numpy(np.array(bags)).to(device),
             torch.from_numpy(column_V),

@@ -6,6 +6,7 @@ Shape suffixes: V vocabulary, D hidden width, N positions.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,29 +39,38 @@ def vocabulary_size(base: FrozenBase) -> int:
 
 def layer_of(base: FrozenBase, depth: float) -> int:
     """The layer (1 = the first block's output) at this share of the depth."""
-    layers = len(base.adapter.blocks(base.model))
-    return max(1, min(layers, round(depth * layers)))
+    return layers_at(base, [depth])[0]
+
+
+def layers_at(base: FrozenBase, depths: Sequence[float]) -> list[int]:
+    """Layers (1 = the first block's output) at these shares of the depth, each once."""
+    num = len(base.adapter.blocks(base.model))
+    return sorted({max(1, min(num, round(depth * num))) for depth in depths})
 
 
 def spread(samples: Sequence[Sample], base: FrozenBase, layer: int) -> tuple[Array, Array]:
-    """Mean and standard deviation (D,) of a layer's output over all positions of the samples, float32.
+    """Mean and standard deviation (D,) of one layer's output; see :func:`spreads`."""
+    mean_1D, deviation_1D = spreads(samples, base, [layer])
+    return mean_1D[0], deviation_1D[0]
+
+
+def spreads(samples: Sequence[Sample], base: FrozenBase, layers: Sequence[int]) -> tuple[Array, Array]:
+    """Mean and standard deviation of the layers' outputs over all positions of the samples: (layers, D) float32 each.
 
     Sums run in float64, so that the order of the samples moves them by less than the rounding to float32.
     """
     device = next(base.model.parameters()).device
-    total_D: Tensor | None = None
-    square_D: Tensor | None = None
+    totals: list[Tensor] = []
     count = 0
-    model = base.model
+    model: Any = base.model
     with evaluating(model):
         for group in base.adapter.batches(samples):
             batch = base.adapter.collate([samples[i] for i in group]).to(device)
-            states_BTD = model(**batch.inputs, use_cache=False, output_hidden_states=True).hidden_states[layer]
-            states_ND = states_BTD[batch.inputs["attention_mask"].bool()].double()
-            total_D = states_ND.sum(0) if total_D is None else total_D + states_ND.sum(0)
-            square_D = states_ND.square().sum(0) if square_D is None else square_D + states_ND.square().sum(0)
-            count += len(states_ND)
-    assert total_D is not None and square_D is not None
-    mean_D = total_D / count
-    deviation_D = (square_D / count - mean_D.square()).clamp_min(1e-12).sqrt()
-    return tuple(np.asarray(torch.as_tensor(x).cpu(), dtype=np.float32) for x in (mean_D, deviation_D))  # type: ignore[return-value]
+            hidden = model(**batch.inputs, use_cache=False, output_hidden_states=True).hidden_states
+            real_BT = batch.inputs["attention_mask"].bool()
+            states_LND = torch.stack([hidden[layer][real_BT] for layer in layers]).double()
+            totals.append(torch.stack([states_LND.sum(1), states_LND.square().sum(1)]))
+            count += states_LND.shape[1]
+    mean_LD, square_LD = torch.stack(totals).sum(0) / count
+    deviation_LD = (square_LD - mean_LD.square()).clamp_min(1e-12).sqrt()
+    return mean_LD.float().cpu().numpy(), deviation_LD.float().cpu().numpy()
