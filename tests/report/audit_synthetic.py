@@ -121,6 +121,15 @@ def audit() -> dict[str, Any]:
             "auditable": 56,
             "notes": ["Losses are in bits per byte where tokenizers differ; here they do not."],
         },
+        "under_attack": {
+            "views": {
+                "as served": {"counts": {"under-unlearned": 9}, "auditable": 56},
+                "relearnt": {"counts": {"under-unlearned": 21}, "auditable": 55},
+            },
+            "counts": {"under-unlearned": 22},
+            "auditable": 56,
+            "n": FORGET,
+        },
         "subjects": [
             {
                 "subject": f"{synthetic.FIRST[i]} {synthetic.LAST[i]}",
@@ -172,6 +181,8 @@ def drill(seed: int = 3) -> list[dict[str, Any]]:
                 "verdict": verdict,
                 "completeness": min(1.0, max(0.0, 1 - position)),
                 "score": position,
+                "completeness_attacked": 1 - max(0.0, position) if position is not None else None,
+                "view": "relearnt",
                 "position": position,
                 "p_under": p_under,
                 "p_over": p_over,

@@ -240,6 +240,19 @@ def test_an_unfit_split_is_the_first_warning() -> None:
     assert first == "The split is unfit for membership attacks: Dates differ (AUC 0.910 [0.880, 0.940])."
 
 
+def test_what_only_hides_is_said(html: str, run: Path) -> None:
+    sentence = (
+        "Under attack: 22 of 56 auditable samples are under-unlearned in at least one view (as served 9, relearnt 21)"
+    )
+    assert sentence in html
+    write_report(run)
+    assert (
+        sentence.replace("(", "\\(").replace(")", "\\)") in (run / "results.md").read_text()
+        or sentence in (run / "results.md").read_text()
+    )
+    assert '"view":"relearnt"' in html.replace(" ", "")
+
+
 def test_too_few_shadows_are_said() -> None:
     content = synthetic.audit()
     content["completeness"] |= {"smallest_p": 0.5, "shadows": 1}

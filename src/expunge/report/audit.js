@@ -156,7 +156,7 @@
 
   function open(sample, jump) {
     const mark = el("span", { className: "verdict " + (sample.verdict || ""), textContent: sample.verdict || "not judged" });
-    const facts = [["completeness", sample.completeness], ["position", sample.position], ["p, under", sample.p_under], ["p, over", sample.p_over]]
+    const facts = [["completeness", sample.completeness], ["position", sample.position], ["p, under", sample.p_under], ["p, over", sample.p_over], ["completeness under attack" + (sample.view ? " (" + sample.view + ")" : ""), sample.completeness_attacked]]
       .filter(([, value]) => value !== null).map(([word, value]) => el("span", { textContent: word + " " + show(value) }));
     const losses = Object.entries(sample.losses).filter(([name, value]) => value !== null && kinds.get(name) !== "shadow")
       .map(([name, value]) => name + " " + show(value));

@@ -29,13 +29,17 @@ def pack_drill(worst: Sequence[Drill], models: Sequence[tuple[str, str]], total:
 
 
 def _sample(drill: Drill, scores: Sequence[str]) -> dict[str, Any]:
-    numbers = {name: short(getattr(drill, name)) for name in ("completeness", "position", "p_under", "p_over")}
+    numbers = {
+        name: short(getattr(drill, name))
+        for name in ("completeness", "completeness_attacked", "position", "p_under", "p_over")
+    }
     return {
         "id": clip(drill.id),
         "subject": clip(drill.subject),
         "prompt": clip(drill.prompt),
         "target": clip(drill.target),
         "verdict": drill.verdict,
+        "view": clip(drill.view or ""),
         **numbers,
         "losses": {clip(name): short(loss) for name, loss in drill.losses.items()},
         "tokens": _tokens(drill.tokens) if drill.tokens is not None else None,

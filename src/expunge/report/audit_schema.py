@@ -81,6 +81,22 @@ class Completeness(OpenModel):
     notes: list[str] = Field(default_factory=list)
 
 
+class AttackedView(OpenModel):
+    """One view of :class:`UnderAttack`: as served, rounded, best prompt, relearnt."""
+
+    counts: dict[str, int] = Field(default_factory=dict)
+    auditable: int = 0
+
+
+class UnderAttack(OpenModel):
+    """Completeness in the worst of several views."""
+
+    views: dict[str, AttackedView] = Field(default_factory=dict)
+    counts: dict[str, int] = Field(default_factory=dict)
+    auditable: int = 0
+    n: int = 0
+
+
 class SubjectRow(OpenModel):
     subject: str
     n: int = 0
@@ -108,6 +124,7 @@ class Audit(OpenModel):
     vector: list[AxisVerdict] = Field(default_factory=list)
     scores: list[ScoreRow] = Field(default_factory=list)
     completeness: Completeness | None = None
+    under_attack: UnderAttack | None = None
     subjects: list[SubjectRow] = Field(default_factory=list)
     fitness: Fitness | None = None
     figures: dict[str, dict[str, Measured]] = Field(default_factory=dict)
@@ -153,6 +170,8 @@ class Drill(OpenModel):
     target: str = ""
     verdict: str | None = None
     completeness: Number = None
+    completeness_attacked: Number = None
+    view: str | None = None
     score: Number = None
     position: Number = None
     p_under: Number = None

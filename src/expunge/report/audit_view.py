@@ -255,6 +255,18 @@ class AuditReport:
             )
         return found
 
+    def attacked(self) -> str:
+        """How many samples are under-unlearned in the worst view, and in each; "" where only one view was read."""
+        found = self.audit.under_attack
+        if found is None:
+            return ""
+        each = ", ".join(f"{name} {view.counts.get('under-unlearned', 0)}" for name, view in found.views.items())
+        num = found.counts.get("under-unlearned", 0)
+        return (
+            f"Under attack: {num} of {found.auditable} auditable samples are under-unlearned in at least one view "
+            f"({each}). Every view is compared with the references under the same attack."
+        )
+
     def facts(self) -> list[tuple[str, str]]:
         """How completeness was computed, as pairs of word and value."""
         complete = self.audit.completeness

@@ -125,6 +125,8 @@ def audit_lines(report: AuditReport) -> list[str]:
     if report.counts:
         out += ["## Completeness", ""]
         out += grid(["verdict", "samples", "share"], [[escape(n), str(c), f"{s} %"] for n, c, s, _ in report.counts])
+        if attacked := report.attacked():
+            out += [escape(attacked), ""]
         if facts := report.facts():
             out += [escape("; ".join(f"{word}: {value}" for word, value in facts)), ""]
     if audit.subjects:
