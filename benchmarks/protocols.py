@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shadows", type=int)
     parser.add_argument("--groups", type=int)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="options of the protocol")
+    parser.add_argument("--data-set", nargs="*", default=[], metavar="KEY=VALUE", help="options of the dataset")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
@@ -47,6 +49,8 @@ def main() -> None:
             shadows=given.shadows,
             groups=given.groups,
             quick=given.quick,
+            options=dict(pair.split("=", 1) for pair in given.set),
+            data_options=dict(pair.split("=", 1) for pair in given.data_set),
             progress=Progress(quiet=False, every=30.0),
         )
         print((given.out / name / "results.md").read_text(encoding="utf-8"))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from conftest import shared
 from expunge.attacks.exam import Checkpoint
 from expunge.completeness.protocols import PROTOCOLS, ProtocolOptions, get_protocol, run_protocol
 from expunge.completeness.protocols.binui import shifted
@@ -63,9 +64,28 @@ def test_shadows_never_see_the_targets_nor_the_population(world: World, case: Ca
     assert not private & ids[0] and not private & ids[1] and not ids[0] & ids[1]
     assert len(ids[1]) == 25 and len(ids[0]) == 75
     parts = [p for g in world.groups() for p in g.parts]
-    assert [len(p) for p in parts] == [60] * 4 and len({tuple(s.id for s in p) for p in parts}) == 4
+    retrained = 60 - 15  # shadows are as large as a retrained model
+    assert [len(p) for p in parts] == [retrained] * 4 and len({tuple(s.id for s in p) for p in parts}) == 4
     assert all({s.id for s in p} < ids[0] for p in parts)
     assert case.halves is not None and (case.halves.saw_MN.sum(axis=0) == 1).all()
+
+
+@pytest.mark.parametrize(("data", "folder"), [("tofu", "data/tofu"), ("fashion-mnist", "data/fashion_mnist")])
+def test_default_sizes_fit_the_data(tmp_path: Path, data: str, folder: str) -> None:
+    for quick in (True, False):
+        world = make_world(data, tmp_path, ProtocolOptions(), data_dir=shared(folder), quick=quick)
+        assert len(world.part(0)) == len(world.dataset["retain"]) and len(world.cut[1]) >= 4
+
+
+def test_the_size_of_shadows(folder: Path) -> None:
+    texts = make_world("people", folder / "sizes", ProtocolOptions(epochs=1), data_options=PEOPLE, init="tiny-test")
+    part = texts.part(0)  # 6 people are retained, and 9 are in the shadow set
+    assert len(part) == 18 and len({s.subject for s in part}) == 6
+    for share, size in ((0.8, 60), (0.0, 45), (0.1, 8)):
+        world = make_world("digits", folder / "sizes", ProtocolOptions(share=share), data_options=SMALL)
+        assert len(world.part(0)) == size
+    few = make_world("digits", folder / "sizes", ProtocolOptions(), data_options={**SMALL, "holdout": 40})
+    assert len(few.cut[0]) == 30 and len(few.part(0)) == 24  # not more than 80 %
 
 
 def test_targets_forget_different_subjects(world: World) -> None:
@@ -308,6 +328,7 @@ def test_shifted_samples() -> None:
         ("fake", {}, "works on text models"),
         ("binui", {"options": {"halves": 3}}, "give an even number"),
         ("binui", {"options": {"target": 3}}, "did you mean 'targets'"),
+        ("binui", {"options": {"share": 1.5}}, "give a number from 0 to 1"),
         ("binui", {"shadows": 0}, "give 1 or more"),
         ("binui", {"init": "resnt"}, "did you mean 'resnet'"),
         ("fake", {"data": "people", "data_options": PEOPLE, "shadows": 1}, "2 shadows per group"),

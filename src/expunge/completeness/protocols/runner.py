@@ -12,7 +12,7 @@ from expunge.completeness.protocols.binui import Protocol
 from expunge.completeness.protocols.fake import fake
 from expunge.completeness.protocols.figure import draw
 from expunge.completeness.protocols.tables import Line, Outcome
-from expunge.completeness.protocols.world import ProtocolOptions, World, make_world
+from expunge.completeness.protocols.world import BRIEF, ProtocolOptions, World, make_world
 from expunge.errors import UserError, unknown
 from expunge.files import digest_folder, plain
 from expunge.options import configure
@@ -23,12 +23,16 @@ from expunge.stats import Estimate
 
 @dataclass(frozen=True)
 class Entry:
-    """One protocol; ``order`` names the column that tables and figures are sorted by."""
+    """One protocol; ``order`` names the column that tables and figures are sorted by.
+
+    ``brief``: texts are learnt in the few passes of :data:`BRIEF`, unless the user says how many.
+    """
 
     name: str
     run: Protocol
     order: str
     modalities: frozenset[str] = frozenset({"text", "classifier"})
+    brief: bool = True
 
     @property
     def summary(self) -> str:
@@ -45,7 +49,7 @@ PROTOCOLS: dict[str, Entry] = {
         Entry("architecture", binui.architectures, "auc"),
         Entry("shadows", binui.number_of_shadows, "auc"),
         Entry("scoring", binui.scoring_functions, "auc"),
-        Entry("fake", fake, "alarm.forget", frozenset({"text"})),
+        Entry("fake", fake, "alarm.forget", frozenset({"text"}), brief=False),
     )
 }
 
@@ -91,7 +95,8 @@ def run_protocol(
     """
     entry = get_protocol(name)
     given = {"shadows": shadows, "groups": groups}
-    values = dict(options or {}) | {k: v for k, v in given.items() if v is not None}
+    usual = {"epochs": BRIEF[data]} if entry.brief and data in BRIEF else {}
+    values = usual | dict(options or {}) | {k: v for k, v in given.items() if v is not None}
     chosen: ProtocolOptions = configure(ProtocolOptions, values, "option of a protocol")
     chosen = chosen.quick() if quick else chosen
     folder = Path(out)

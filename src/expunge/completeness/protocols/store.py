@@ -54,7 +54,7 @@ class Store:
             fit(model, start.adapter, samples, options, seed=seed, progress=self.progress, name=name)
             return model.eval()
 
-        return self._kept(key, start.adapter, name, make)
+        return self.kept(key, start.adapter, name, make)
 
     def trajectory(
         self, start: Start, samples: Sequence[Sample], seed: int, name: str, points: int
@@ -87,7 +87,8 @@ class Store:
 
     # -- files -----------------------------------------------------------------------------------------------------
 
-    def _kept(self, key: str, adapter: Adapter, name: str, make: Callable[[], nn.Module]) -> Checkpoint:
+    def kept(self, key: str, adapter: Adapter, name: str, make: Callable[[], nn.Module]) -> Checkpoint:
+        """The model that stands under ``key``, made if it is not there yet."""
         if key not in self._known and not self._there(key):
             self._save(key, make(), adapter)
             self.trained += 1

@@ -1,12 +1,14 @@
 """The world of a protocol: who is trained on what. Targets learn the private samples, shadows never see them.
 
-The holdout role is cut by subject into a shadow set, from which every shadow takes its own 80 %, and a population that
-no model ever sees (reference models, RMIA's z). Source of the splits: IAM, arXiv 2506.06112.
+The holdout role is cut by subject into a shadow set, from which every shadow takes its own part, and a population that
+no model ever sees (reference models, RMIA's z). Source of the splits: IAM, arXiv 2506.06112; there a shadow takes 80 %,
+here as many samples as a retrained model has, because p-values want shadows that are like it.
 """
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -30,19 +32,21 @@ from expunge.options import option
 from expunge.progress import Progress
 from expunge.training.loop import TrainOptions
 
-SHARE = 0.8  # of the shadow set, that one shadow is trained on
+MOST = 0.8  # of the shadow set, that one shadow is trained on: beyond that all shadows are nearly one model
 POPULATION = 0.25  # of the holdout subjects
 ARCHS = ("resnet", "vit")
 SIZES: Mapping[str, Mapping[str, Any]] = {  # dataset options where the user gives none
-    "classifier": {"private": 400, "forget": 0.25, "holdout": 800, "utility": 0},
-    "people": {"people": 40, "forget": 0.25, "holdout": 60, "utility": 40, "questions": 5},
-    "tofu": {"private": 40, "forget": 0.25, "holdout": 60, "utility": 40},
+    "classifier": {"private": 400, "forget": 0.25, "holdout": 1200, "utility": 0},
+    "people": {"people": 60, "forget": 0.25, "holdout": 120, "utility": 40, "questions": 5},
+    "tofu": {"authors": 16, "forget_authors": 4, "holdout_authors": 48, "base_authors": 40, "public": False},
 }
 QUICK: Mapping[str, Mapping[str, Any]] = {
     "classifier": {"private": 160, "forget": 0.25, "holdout": 300, "utility": 0},
     "people": {"people": 16, "forget": 0.25, "holdout": 24, "utility": 12, "questions": 4},
-    "tofu": {"private": 16, "forget": 0.25, "holdout": 24, "utility": 12},
+    "tofu": {"authors": 6, "forget_authors": 2, "holdout_authors": 12, "base_authors": 6, "public": False},
 }
+# Memorised texts are told apart by every score; after so few passes the better scores show. See docs/protocols.md.
+BRIEF: Mapping[str, float] = {"people": 2.0, "tofu": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +56,12 @@ class ProtocolOptions:
     targets: int = option(3, "independent originals, each with its own forget set and retrained model")
     groups: int = option(4, "disjoint groups of shadow models; every score is computed once with each")
     shadows: int = option(2, "shadow models per group")
+    share: float = option(
+        0.0, "of the shadow set, that each shadow is trained on; 0 = as many samples as a retrained model, at most 0.8"
+    )
     halves: int = option(4, "models trained on half of the private samples each, for the online attacks; 0 = none")
     points: int = option(10, "steps between never seen and fully trained, in ScoreUI")
-    epochs: float = option(25.0, "passes of every training over its samples")
+    epochs: float = option(25.0, "passes of every training over its samples (people 2, tofu 1; 25 in protocol fake)")
     base_epochs: float = option(20.0, "passes of the base of a text model over the utility samples")
     batch_size: int = option(32, "samples per step")
     learning_rate: float = option(3e-3, "peak learning rate")
@@ -66,6 +73,8 @@ class ProtocolOptions:
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise UserError(f"option '{name}' of a protocol = {getattr(self, name)}: give {low} or more.")
+        if not 0 <= self.share <= 1:
+            raise UserError(f"option 'share' of a protocol = {self.share}: give a number from 0 to 1.")
         if self.halves % 2:
             raise UserError(f"option 'halves' of a protocol = {self.halves}: give an even number.")
 
@@ -173,11 +182,18 @@ class World:
         return [self.target(number, arch) for number in range(self.options.targets)]
 
     def part(self, number: int, whole: Sequence[Sample] | None = None) -> list[Sample]:
-        """What shadow ``number`` learns: its own 80 % of the shadow set."""
+        """What shadow ``number`` learns: subjects of the shadow set at random, up to the size that options say."""
         whole = self.cut[0] if whole is None else whole
-        order = shuffled([s.id for s in whole], "shadow", self.seed, number)
-        chosen = set(order[: round(SHARE * len(order))])
-        return [s for s in whole if s.id in chosen]
+        retrained = len(self.private) - len(self.forget_set(0))
+        size = round(self.options.share * len(whole)) or min(retrained, round(MOST * len(whole)))
+        chosen: set[str] = set()
+        held = Counter(s.subject for s in whole)
+        for subject in shuffled(held, "shadow", self.seed, number):
+            if chosen and size < held[subject]:
+                break
+            chosen.add(subject)
+            size -= held[subject]
+        return [s for s in whole if s.subject in chosen]
 
     def shadow(
         self, number: int, whole: Sequence[Sample] | None = None, arch: str | None = None, label: str = ""
