@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from importlib.metadata import version
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 
-from expunge.attacks.registry import all_attacks
-from expunge.cli.catalogue import KINDS, catalogue
+from expunge.attacks.registry import Family, Need, all_attacks
+from expunge.cli.catalogue import HIGH, KINDS, NEEDS, catalogue
 from expunge.cli.main import run
 from expunge.data.registry import all_datasets
 from expunge.errors import UserError
@@ -52,6 +53,16 @@ def test_show_tells_what_an_attack_costs_and_sees(capsys: Captured) -> None:
     )
     assert item["formula"] == attack.formula and item["source"] == attack.paper
     assert [option["name"] for option in item["options"]] == ["percent"]
+
+
+def test_what_attacks_need_and_their_high_scores_are_said_in_words(capsys: Captured) -> None:
+    assert set(NEEDS) == set(get_args(Need)) and set(HIGH) == set(get_args(Family))
+    assert run(["show", "wbc"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"needs {NEEDS['other']}" in text and f"a high score {HIGH['membership']}" in text
+    assert run(["ls", "attacks"]) == 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("wbc "))
+    assert row.split()[1:4] == ["membership", "quick", "1.0"]
 
 
 def test_show_tells_properties_options_and_source(capsys: Captured) -> None:

@@ -37,6 +37,19 @@ HIGH = {
     "extraction": "more of the text or its facts can be got out",
     "recovery": "more comes back under the attack",
 }
+# What an attack cannot run without, in words.
+NEEDS = {
+    "holdout": "holdout samples",
+    "aux": "texts that no model has seen (a third of the holdout subjects)",
+    "retain": "retain samples",
+    "utility": "utility samples",
+    "original": "the original",
+    "other": "another model that never saw the samples, for a reference too",
+    "base": "the base",
+    "probes": "samples with probes",
+    "names": "samples with names",
+    "llm": "a callable prompt -> text, from Python",
+}
 
 
 @dataclass(frozen=True)

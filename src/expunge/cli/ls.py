@@ -6,9 +6,11 @@ from typing import Annotated
 
 import typer
 
-from expunge.cli.catalogue import KINDS, catalogue
+from expunge.cli.catalogue import KINDS, SHOWN, catalogue
 from expunge.cli.common import Json, emit, table
 from expunge.errors import unknown
+
+COLUMNS = {"attacks": ("family", "tier", "passes")}  # properties that stand beside the name
 
 
 def command(
@@ -21,12 +23,16 @@ def command(
 
     Examples:
       expunge ls methods
+      expunge ls attacks
       expunge ls datasets --json
     """
     if kind not in KINDS:
         raise unknown("kind", kind, KINDS)
     entries = catalogue(kind)
-    text = table([(entry.name, entry.summary) for entry in entries.values()]) + f"\n{len(entries)} {kind}; "
+    shown = COLUMNS.get(kind, ())
+    rows = [(e.name, *(str(e.properties[key]) for key in shown), e.summary) for e in entries.values()]
+    header = ("name", *(SHOWN[key] for key in shown), "what it is") if shown else ()
+    text = table(rows, header) + f"\n{len(entries)} {kind}; "
     emit(
         {"schema": "expunge.ls/1", "kind": kind, "items": list(entries.values())},
         text + "'expunge show NAME' tells more.",

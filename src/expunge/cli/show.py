@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from expunge.cli.catalogue import KINDS, SHOWN, Entry, catalogue
+from expunge.cli.catalogue import KINDS, NEEDS, SHOWN, Entry, catalogue
 from expunge.cli.common import Json, emit, table
 from expunge.errors import unknown
 
@@ -35,7 +35,10 @@ def describe(entry: Entry) -> str:
     """One entry as text."""
     head = [("source", entry.source), ("formula", entry.formula)]
     rows = [(label, text) for label, text in head if text]
-    rows += [(SHOWN[key], _words(value)) for key, value in entry.properties.items()]
+    properties = dict(entry.properties)
+    if entry.kind == "attacks":
+        properties["needs"] = [NEEDS[need] for need in properties["needs"]]
+    rows += [(SHOWN[key], _words(value)) for key, value in properties.items()]
     text = f"{entry.name} ({entry.kind.removesuffix('s')}): {entry.summary}\n\n{table(rows, indent=2)}"
     if entry.doc:
         text += f"\n{entry.doc}\n"
