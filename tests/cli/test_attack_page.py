@@ -51,6 +51,14 @@ def test_every_attack_says_what_a_reader_needs() -> None:
         assert all(option["meaning"] for option in entry.options), name
 
 
+def test_the_audit_page_tells_the_cost_of_each_suite() -> None:
+    page = (DOCS / "audit.md").read_text(encoding="utf-8")
+    for tier in registry.TIERS:
+        (told,) = re.findall(rf"^\| `{tier}` \|.*\| about ([\d,]+) \|$", page, re.MULTILINE)
+        passes = 1 + sum(attack.passes for attack in registry.suite(tier))
+        assert int(told.replace(",", "")) == pytest.approx(passes, rel=0.15), f"{tier} costs {passes:.0f} passes now"
+
+
 def test_docstrings_are_made_readable() -> None:
     assert readable("Adds one.\n\nSee :func:`add`, ``--x``.\n\nRaises:\n    E: no.", "Adds one.") == "See `add`, `--x`."
     assert not any(re.search(r"``|:\w+:`|Raises:", entry.doc) for entry in catalogue("attacks").values())

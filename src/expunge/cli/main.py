@@ -39,7 +39,7 @@ VERBS: tuple[Verb, ...] = (
     Verb("unlearn", "Make a model forget samples; the unlearned model, its measurement and a report go to --out."),
     Verb(
         "audit",
-        "Measure a model against its original and retrained references.",
+        "Attack a model beside its original, retrained references and shadows, and say for each sample if it is gone.",
     ),
     Verb(
         "completeness",
