@@ -1,10 +1,10 @@
 """The key metric: a linear map under which the same fact, asked in other words, is near; learnt on surrogates.
 
 What a language model's states have most in common is not which fact is asked for. Here the map (and the weight of the
-bag, and the sharpness of the vote) maximise the neighbours' own probability of the true token when a surrogate's
-question is paraphrased, with all of the surrogate's rows as candidates: neighbourhood component analysis
-(Goldberger et al. 2004) with the next token as the class. Where public samples have no paraphrases, the plain states
-of the middle layer are the key.
+bag, and the sharpness of the vote) maximise the votes for the right row when a surrogate's question is
+paraphrased, with all of the surrogate's rows as candidates: neighbourhood component analysis
+(Goldberger et al. 2004) with record and next token as the class. Where public samples have no paraphrases, the plain
+states of the middle layer are the key.
 
 Shape suffixes: M query positions, R rows of a subject, C concatenated states, K key width.
 """
@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from expunge.zones.surrogates import Surrogates
-from expunge.zones.zone import Array, FrozenBase, record_of
+from expunge.zones.zone import Array, FrozenBase, Record, record_of
 
 if TYPE_CHECKING:
     from expunge.zones.store import Store
 
 WIDTH = 128  # of a key, at most
-EPOCHS = 40
-RATE = 2e-3
-PULL = 1e-3  # pulls the map to where it started, so that few public texts cannot bend it far
+EPOCHS = 30
+RATE = 5e-3
+PULL = 1e-4  # pulls the map to where it started, so that few public texts cannot bend it far
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,8 @@ class Person:
     """One surrogate: rows as stored, and the paraphrased questions' positions that should find them."""
 
     rows_RC: Tensor
-    values_R: Tensor
     asked_MC: Tensor
-    targets_M: Tensor
+    right_MR: Tensor  # the row is of the record that is asked about, and has the token to be predicted
     bag_MR: Tensor  # cosine of the bags
 
 
@@ -81,44 +80,43 @@ def fit_metric(trial: Store, base: FrozenBase, made: Surrogates, seed: int) -> t
 
 
 def _loss(person: Person, map_CK: Tensor, beta_1: Tensor, sharpness_1: Tensor) -> Tensor:
-    """Mean of -ln of the votes for the true token, floored where no row has it."""
+    """Mean of -ln of the votes for the right rows, floored."""
     keys_RK = torch.nn.functional.normalize(person.rows_RC @ map_CK, dim=1)
     asked_MK = torch.nn.functional.normalize(person.asked_MC @ map_CK, dim=1)
     score_MR = asked_MK @ keys_RK.T + beta_1 * person.bag_MR
-    right_MR = person.values_R[None] == person.targets_M[:, None]
-    votes_M = ((sharpness_1 * score_MR).softmax(1) * right_MR).sum(1)
+    votes_M = ((sharpness_1 * score_MR).softmax(1) * person.right_MR).sum(1)
     return -votes_M.clamp_min(1e-4).log().mean()
 
 
 def _person(trial: Store, base: FrozenBase, made: Surrogates, who: str) -> Person | None:
     samples = [s for s in made.stored if s.subject == who]
-    asked = [s.as_probe(p, i) for s in samples for i, p in enumerate(s.probes_of("paraphrase"))]
+    asked = [(n, s.as_probe(p, i)) for n, s in enumerate(samples) for i, p in enumerate(s.probes_of("paraphrase"))]
     if not asked:
         return None
-    rows = [record_of(s, base.adapter, (), s.digest()) for s in samples]
-    queries = [record_of(s, base.adapter, (), s.digest()) for s in asked]
-    row_ids, row_bags = _stacked([(r.ids, r.first) for r in rows], trial)
-    query_ids, query_bags = _stacked([(r.ids, r.first) for r in queries], trial)
+    rows = [(n, record_of(s, base.adapter, (), s.digest())) for n, s in enumerate(samples)]
+    queries = [(n, record_of(s, base.adapter, (), s.digest())) for n, s in asked]
+    row_R2, row_bags_RV = _stacked(rows, trial)
+    query_M2, query_bags_MV = _stacked(queries, trial)
     return Person(
-        torch.from_numpy(np.concatenate([trial.states(r, base) for r in rows])),
-        torch.from_numpy(row_ids),
-        torch.from_numpy(np.concatenate([trial.states(r, base) for r in queries])),
-        torch.from_numpy(query_ids),
-        torch.from_numpy(query_bags @ row_bags.T),
+        torch.from_numpy(np.concatenate([trial.states(r, base) for _, r in rows])),
+        torch.from_numpy(np.concatenate([trial.states(r, base) for _, r in queries])),
+        torch.from_numpy((query_M2[:, None] == row_R2[None]).all(2)),
+        torch.from_numpy(query_bags_MV @ row_bags_RV.T),
     )
 
 
-def _stacked(texts: Sequence[tuple[tuple[int, ...], int]], trial: Store) -> tuple[Array, Array]:
-    """Target ids, and unit-length bags over the vocabulary, of all target positions."""
+def _stacked(records: Sequence[tuple[int, Record]], trial: Store) -> tuple[Array, Array]:
+    """(number of the record, target id), and unit-length bags over the vocabulary, of all target positions."""
     from expunge.zones.store import WINDOW
 
     idf_V = trial.public.arrays["idf"]
     targets, bags = [], []
-    for ids, first in texts:
-        for end in range(first, len(ids)):
+    for number, record in records:
+        ids = record.ids
+        for end in range(record.first, len(ids)):
             bag = np.unique(np.array(ids[max(0, end - WINDOW) : end], dtype=np.int64))
             line_V = np.zeros(len(idf_V), dtype=np.float32)
             line_V[bag] = idf_V[bag] / max(float(np.square(idf_V[bag], dtype=np.float64).sum()) ** 0.5, 1e-6)
-            targets.append(ids[end])
+            targets.append((number, ids[end]))
             bags.append(line_V)
     return np.array(targets, dtype=np.int64), np.array(bags)

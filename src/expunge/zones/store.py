@@ -24,9 +24,9 @@ from torch import Tensor
 from expunge.data.samples import Sample
 from expunge.options import option
 from expunge.zones.gate import routing
+from expunge.zones.metric import fit_metric, plain_map
 from expunge.zones.mixer import fit_mixer, mixer_chance
 from expunge.zones.surrogates import surrogates
-from expunge.zones.metric import fit_metric, plain_map
 from expunge.zones.text_stats import layers_at, spreads
 from expunge.zones.zone import Array, Block, FrozenBase, Public, Record, Seen, Zone, zone
 
