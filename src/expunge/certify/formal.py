@@ -171,8 +171,8 @@ class Indistinguishable(Claim):
     def sentence(self, ruling: Ruling) -> str:
         f = ruling.figures
         return (
-            f"The released zone is (ε, δ) = ({number(f['epsilon'], 4)}, {f['delta']:g})-indistinguishable from one that "
-            f"the same procedure builds without the records, over {f['releases']} release(s) together."
+            f"The released zone is (ε, δ) = ({number(f['epsilon'], 4)}, {f['delta']:g})-indistinguishable from one "
+            f"that the same procedure builds without the records, over {f['releases']} release(s) together."
         )
 
 
@@ -181,8 +181,8 @@ def reset_mu(reset: Reset) -> float:
 
     Koloskova et al. 2025 (certified unlearning for neural networks), gradient clipping; as Rényi privacy of slope μ²/2
     at every order, in Gaussian form by shifted interpolation (Bok, Su and Altschuler 2024). Both worlds see retain
-    data only. Without decay and with T = C₀/(η C₁) steps it is 4 C₀/(s √T): the noise drowns what the zone had learnt, so
-    this is a certified re-initialisation, and the zone's own training is its price.
+    data only. Without decay and with T = C₀/(η C₁) steps it is 4 C₀/(s √T): the noise drowns what the zone had learnt,
+    so this is a certified re-initialisation, and the zone's own training is its price.
     """
     powers = [reset.decay**j for j in range(reset.steps)]
     shift = 2 * reset.radius * reset.decay**reset.steps + 2 * reset.learning_rate * reset.clip * math.fsum(powers)

@@ -83,12 +83,25 @@ class Verdicts:
         return self.under + self.adequate + self.over
 
 
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """Medians over the forget samples, nats per token: of the model, the original, and each that never saw them.
+
+    ``moved``: median of |loss − the original's| sample by sample.
+    """
+
+    own: float
+    original: float
+    moved: float
+    never: tuple[float, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
     """What there is to claim from.
 
-    ``kind``: how the model came about. ``before``, ``after``: digests of the model. ``shift``: median over the forget
-    samples of |loss − the original's| in nats per token. ``scores``: the audit's attacks, without the kept rows.
+    ``kind``: how the model came about. ``before``, ``after``: digests of the model. ``scores``: the audit's attacks,
+    without the kept rows.
     """
 
     kind: Kind = "unknown"
@@ -102,8 +115,7 @@ class Evidence:
     scores: tuple[Score, ...] = ()
     staying: tuple[Staying, ...] = ()
     verdicts: Verdicts | None = None
-    shift: float | None = None
-    original_gap: float | None = None
+    losses: Losses | None = None
     references: int = 0
     split_unfit: bool = False
 
@@ -131,7 +143,7 @@ class Evidence:
         sections = read_sections(place)
         samples = list(_lines(place / "samples.jsonl"))
         scores, kept = _scores(audit)
-        shift, gap = _shifts(list(_lines(place / "drill.jsonl")), _of_method(samples, row))
+        drill = list(_lines(place / "drill.jsonl"))
         return cls(
             kind=_kind(method, sections),
             method=method.rpartition(".py:")[2] if ".py:" in method else method,
@@ -144,8 +156,7 @@ class Evidence:
             scores=scores,
             staying=kept or _staying(results, row),
             verdicts=_verdicts(audit, samples, row),
-            shift=shift,
-            original_gap=gap,
+            losses=_losses(drill, _of_method(samples, row), audit.get("checkpoints", [])),
             references=len([c for c in audit.get("checkpoints", []) if c.get("kind") == "reference"])
             or len(_references(results)),
             split_unfit=bool((audit.get("fitness") or {}).get("unfit")),
@@ -296,22 +307,33 @@ def _of_method(samples: list[dict[str, Any]], row: Mapping[str, Any]) -> list[di
     return [s for s in samples if s.get("role") == "forget" and all(s.get(k) == row.get(k) for k in same)]
 
 
-def _shifts(drill: list[dict[str, Any]], samples: list[dict[str, Any]]) -> tuple[float | None, float | None]:
-    """Medians over forget samples of |loss − original's|, and of the references' loss − original's.
-
-    From the lines of an audit; without one from the forget samples of the run itself.
-    """
-    moved, apart = [], []
+def _losses(
+    drill: list[dict[str, Any]], samples: list[dict[str, Any]], checkpoints: list[dict[str, Any]]
+) -> Losses | None:
+    """From the lines of an audit; without one from the forget samples of the run itself."""
+    kinds = {str(c.get("name")): str(c.get("kind")) for c in checkpoints}
+    by_model: dict[str, list[float]] = {}
     for line in drill:
-        losses = line.get("losses") or {}
-        own, first = _float(losses.get("audited")), _float(losses.get("original"))
-        never = [_float(v) for k, v in losses.items() if str(k).startswith(("reference", "shadow"))]
-        moved.append(abs(own - first))
-        apart.append(statistics.fmean(never) - first if never else math.nan)
+        for name, value in (line.get("losses") or {}).items():
+            by_model.setdefault(str(name), []).append(_float(value))
+    for sample in samples if not drill else []:
+        for name, key in (("audited", "loss"), ("original", "original_loss"), ("reference", "reference_loss")):
+            by_model.setdefault(name, []).append(_float(sample.get(key)))
     if not drill:
-        moved = [abs(_float(s.get("loss")) - _float(s.get("original_loss"))) for s in samples]
-        apart = [_float(s.get("reference_loss")) - _float(s.get("original_loss")) for s in samples]
-    return _median(moved), _median(apart)
+        kinds = {name: name for name in by_model}
+
+    def of(*wanted: str) -> list[list[float]]:
+        return [losses for name, losses in by_model.items() if kinds.get(name, name) in wanted]
+
+    own, first = (next(iter(of(kind)), []) for kind in ("audited", "original"))
+    if not own or not first or len(own) != len(first):
+        return None
+    moved = _median([abs(a - b) for a, b in zip(own, first, strict=True)])
+    audited, original = _median(own), _median(first)
+    if moved is None or audited is None or original is None:
+        return None
+    never = (_median(losses) for losses in of("reference", "shadow"))
+    return Losses(audited, original, moved, tuple(m for m in never if m is not None))
 
 
 def _median(values: list[float]) -> float | None:

@@ -165,8 +165,8 @@ class Close(Claim):
             "" if self.change is None else f"; what stays moved by at most {number(self.change.high)} nats per token"
         )
         return (
-            f"With {1 - self.limits.alpha:.0%} confidence the mean {d['definition'].split()[0]} to the retrained model is "
-            f"at most {number(d['high'])}{beside}, over {d['n']} subjects{moved}."
+            f"With {1 - self.limits.alpha:.0%} confidence the mean {d['definition'].split()[0]} to the retrained model "
+            f"is at most {number(d['high'])}{beside}, over {d['n']} subjects{moved}."
         )
 
 
@@ -247,7 +247,8 @@ class Audited(Claim):
         over = "over retrained models" if f["compared_with"] == "retrained models" else "over chance"
         text = (
             f"With {1 - self.limits.alpha:.0%} confidence none of the {f['membership_attacks']} membership attacks "
-            f"that were run gains more than {number(f['advantage_at_most'])} in AUC {over} (strongest: {f['strongest']})"
+            f"that were run gains more than {number(f['advantage_at_most'])} in AUC {over}, the strongest being "
+            f"{f['strongest']}"
         )
         for kind, key in (("canaries", "canary_loss"), ("runs", "loss")):
             if f"{key}_at_least" in f:

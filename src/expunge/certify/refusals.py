@@ -25,6 +25,7 @@ Verdict = Literal["certified", "refuted", "unsupported"]
 Weight = Literal["refuted", "unsupported", "flagged"]
 
 SAME_LOSS = 0.01  # of the way from the original to a retrained model: less has not moved
+BEYOND = 0.5  # of that way: further off on either side is not like a retrained model, as in the verdicts of a run
 LOST_NATS = 0.5  # nats per token by which a working model may fall behind on what stays
 LOST_SHARE = 0.5  # share of the yardstick's probability or utility that a working model keeps at least
 
@@ -63,9 +64,13 @@ def _identity(e: Evidence) -> str | None:
         return "the zone is the one from before: nothing was removed."
     if e.kind == "edit" and e.parameters_changed == 0:
         return "no weight differs from the original's: nothing was done."
-    if e.shift is not None and e.shift == 0:
+    if e.losses is not None and e.losses.moved == 0:
         return "the model answers for the forget samples exactly as the original does."
-    if e.shift is not None and e.original_gap is not None and e.shift < SAME_LOSS * e.original_gap:
+    if (
+        e.losses is not None
+        and e.losses.never
+        and e.losses.moved < SAME_LOSS * (min(e.losses.never) - e.losses.original)
+    ):
         return "the losses on the forget samples are the original's: nothing was forgotten."
     return None
 
@@ -110,14 +115,27 @@ def _too_many(count: int, total: int, share: float) -> bool:
 
 
 def _over(e: Evidence) -> str | None:
-    v = e.verdicts
+    """By the calibrated calls; and by the median loss, past every model that never saw the data by half the way.
+
+    The most extreme of these models is the yardstick, for retrained models differ among themselves.
+    """
+    v, found = e.verdicts, e.losses
+    if found is not None and found.never:
+        end = max(found.never)
+        if end > found.original and found.own > end + BEYOND * (end - found.original):
+            return "the losses on the forget samples are far above those of models that never saw them: over-forgotten."
     if v is not None and _too_many(v.over, v.n, v.fdr):
         return f"{v.over} of {v.n} auditable forget samples are over-unlearned: that is itself a trace of them."
     return None
 
 
 def _under(e: Evidence) -> str | None:
-    v = e.verdicts
+    """By the calibrated calls; and by the median loss, when it lies nearer to the original's than to any other."""
+    v, found = e.verdicts, e.losses
+    if found is not None and found.never:
+        end = min(found.never)
+        if end > found.original and found.own < end - BEYOND * (end - found.original):
+            return "the losses on the forget samples are nearer to the original's than to any model's without them."
     if v is not None and _too_many(v.under, v.n, v.fdr):
         return f"{v.under} of {v.n} auditable forget samples are under-unlearned: they are still there."
     return None
@@ -232,6 +250,7 @@ def _unfit_split(e: Evidence) -> str | None:
 
 
 RULES: tuple[tuple[str, tuple[Level, ...], Weight, Rule], ...] = (
+    ("edited", FORMAL, "unsupported", _edited),
     ("identity", LEVELS, "refuted", _identity),
     ("utility-lost", EVIDENCE_LEVELS, "refuted", _broken),
     ("over-unlearned", EVIDENCE_LEVELS, "refuted", _over),
@@ -247,7 +266,6 @@ RULES: tuple[tuple[str, tuple[Level, ...], Weight, Rule], ...] = (
     ("near-duplicates", EVIDENCE_LEVELS, "flagged", _duplicates),
     ("hidden-only", ("L2", "L3", "L4"), "flagged", _hidden_only),
     ("unfinished", LEVELS, "unsupported", _unfinished),
-    ("edited", FORMAL, "unsupported", _edited),
     ("statistics-unknown", FORMAL, "unsupported", _unknown_statistics),
     ("no-provenance", FORMAL, "unsupported", _no_provenance),
     ("no-duplicate-search", FORMAL, "unsupported", _no_duplicates),
