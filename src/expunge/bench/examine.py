@@ -116,10 +116,12 @@ def examine(
     for checkpoint in exam.shadows:
         checkpoint.signals(texts)
         checkpoint.release()
-    rows = _judged(exam, wanted, done)
+    panels = _panels(exam, wanted, done)
+    rows = _judged(exam, panels)
+    control = _judged(exam, [replace(p, audited=exam.original.name) for p in panels]) if exam.original else None
     readings, beside = completeness_readings(exam)
     answers = None if readings is None else calibrate(readings, level=level, fdr=fdr, holdout=beside)
-    content = _content(exam, wanted, done, rows, readings, beside, answers)
+    content = _content(exam, wanted, done, rows, control, readings, beside, answers)
     content["notes"] = [*notes, *content["notes"]]
     content |= {"skipped": dict(wanted.skipped), "failed": failed, "cost": cost}
     audit = Audit(wanted, rows, answers, content, drill_rows(exam, done, rows, answers))
@@ -223,9 +225,16 @@ def _read(content: Mapping[str, Any]) -> Finding:
     )
 
 
-def _judged(exam: Exam, wanted: Plan, findings: Findings) -> list[Judged]:
-    """One row per score, in the order of the attacks, with p-values adjusted over all of them."""
+def _judged(exam: Exam, panels: Sequence[Panel]) -> list[Judged]:
+    """One row per score, with p-values adjusted over all of them."""
     subjects = {role: [s.subject for s in own] for role, own in exam.samples.items()}
+    rows = [judge(p, subjects, level=exam.level, resamples=exam.resamples, seed=exam.seed) for p in panels]
+    settle(rows, exam.level)
+    return rows
+
+
+def _panels(exam: Exam, wanted: Plan, findings: Findings) -> list[Panel]:
+    """Every score under every model, in the order of the attacks, and what is kept."""
     references = [c.name for c in exam.references]
     alike = [c.name for c in exam.references if c not in strangers(exam)]
     panels = []
@@ -251,9 +260,7 @@ def _judged(exam: Exam, wanted: Plan, findings: Findings) -> list[Judged]:
             panels.append(
                 Panel("kept", f"kept.{role}", "kept", "quick", "log-probabilities", kept, exam.audited.name, references)
             )
-    rows = [judge(p, subjects, level=exam.level, resamples=exam.resamples, seed=exam.seed) for p in panels]
-    settle(rows, exam.level)
-    return rows
+    return panels
 
 
 def strangers(exam: Exam) -> list[Checkpoint]:
@@ -310,6 +317,7 @@ def _content(
     wanted: Plan,
     findings: Findings,
     rows: Sequence[Judged],
+    control: Sequence[Judged] | None,
     readings: Readings | None,
     beside: Readings | None,
     answers: Completeness | None,
@@ -350,7 +358,7 @@ def _content(
             {"name": c.name, "kind": c.kind, "path": c.path or None} for c in [*exam.checkpoints, *exam.shadows]
         ],
         "samples": {role: len(own) for role, own in exam.samples.items()} | {"aux": len(exam.aux)},
-        "vector": [tile(axis, rows, summary) for axis in AXES],
+        "vector": [tile(axis, rows, summary, control) for axis in AXES],
         "scores": [row.record() for row in rows],
         "completeness": summary,
         "subjects": _subjects(readings, beside, answers, findings),

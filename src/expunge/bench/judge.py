@@ -257,8 +257,14 @@ def worst(rows: Sequence[Judged]) -> Judged | None:
     return min(tested, key=key)
 
 
-def tile(axis: Axis, rows: Sequence[Judged], completeness: Mapping[str, Any] | None) -> dict[str, Any]:
-    """One component of the audit's vector: verdict, the row that decides it, and a sentence."""
+def tile(
+    axis: Axis, rows: Sequence[Judged], completeness: Mapping[str, Any] | None, control: Sequence[Judged] | None = None
+) -> dict[str, Any]:
+    """One component of the audit's vector: verdict, the row that decides it, and a sentence.
+
+    ``control``: the same rows for the original in the audited model's place. Where even the original passes, nothing
+    could have been shown, and the audited model has passed no test.
+    """
     own = [r for r in rows if r.axis == axis]
     found = worst(own)
     tests = sum(math.isfinite(r.p) for r in own)
@@ -276,8 +282,12 @@ def tile(axis: Axis, rows: Sequence[Judged], completeness: Mapping[str, Any] | N
         parts.append(f"none of {tests} scores speaks against the model after correction for all tests")
     if tests and any(len(r.panel.references) == 1 for r in own):
         parts.append("there is one reference only, so how far retrained models differ by chance is not known")
+    blunt = axis != "utility" and control is not None and not any(r.differs for r in control if r.axis == axis)
     if against or under or over:
         verdict = "failed"
+    elif tests and blunt and not judged:
+        verdict = NOT_SHOWN
+        parts.append("but the original would pass as well: give more samples or references")
     elif tests or judged:
         verdict = "passed"
     else:
