@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -10,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from expunge.certify.commitments import Keys, read_keys
-from expunge.certify.evidence import RunFacts, read_run, rows
+from expunge.certify.evidence import read_run, rows
+from expunge.certify.gather import Evidence
+from expunge.certify.levels import assess
 from expunge.certify.page import page
 from expunge.certify.privacy import refuse_personal
 from expunge.certify.signing import cosign, envelope, private_key
 from expunge.certify.statement import Request, build
-from expunge.certify.vendored import LEVELS, Unreadable, load, read_envelope, read_statement, read_time
+from expunge.certify.vendored import Unreadable, load, read_envelope, read_statement, read_time
 from expunge.errors import UserError
 from expunge.files import SCRATCH
 
@@ -78,7 +79,7 @@ def certify(
     if signer is not None and signer.expires is not None:
         until = min(until, signer.expires)  # afterwards nobody could tell this signature from one dated back
     keys, created, until = _earlier(there, target, secret, now, until)
-    payload = build(facts, claims_of(facts), keys, request or Request(), created, until)
+    payload = build(facts, claims_of(facts.folder), keys, request or Request(), created, until)
     statement = read_statement(payload)
     refuse_personal(statement, rows(facts.folder))
     if signer is None:
@@ -94,25 +95,13 @@ def certify(
     return Issued(statement, target, secret, _written_page(target, statement))
 
 
-def claims_of(facts: RunFacts) -> list[dict[str, Any]]:
-    """Claims with their verdicts, from the checkers of the levels."""
-    if importlib.util.find_spec("expunge.certify.levels") is None:
-        return [unsupported(level) for level in LEVELS]
-    from expunge.certify.levels import claims_of_run
+def claims_of(folder: Path) -> list[dict[str, Any]]:
+    """Claim records of L0 to L5 with their verdicts, from everything that the run brings forward.
 
-    return [dict(claim) for claim in claims_of_run(facts)]
-
-
-def unsupported(level: str) -> dict[str, Any]:
-    """The claim record of a level for which the run holds no evidence."""
-    return {
-        "level": level,
-        "claim": f"Nothing is claimed at {level}: the run holds no evidence for it.",
-        "verdict": "unsupported",
-        "assumptions": [],
-        "evidence": {},
-        "not_claimed": [],
-    }
+    Raises:
+        UserError: a file of the run is damaged.
+    """
+    return [claim.record() for claim in assess(Evidence.of_run(folder))]
 
 
 def _earlier(
