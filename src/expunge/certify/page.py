@@ -15,8 +15,8 @@ VERDICTS = {
 }
 REASONS = {
     "certified": "At least one formal claim (L0 or L1) holds, and no claim is refuted.",
-    "evidence-only": "Measured claims (L2 to L5) hold, none is refuted, and none is a formal guarantee.",
-    "refused": "A claim is refuted, or the evidence for every claim is missing.",
+    "evidence-only": "What was measured (L2 to L5) holds, nothing is refuted, and nothing is guaranteed.",
+    "refused": "The evidence is too little for any claim.",
 }
 LEVELS = {
     "L0": "exact",
@@ -50,6 +50,7 @@ def page(statement: Mapping[str, Any], certificate: str) -> str:
         size=f"{sum(f['size'] for f in manifest.values()):,}".replace(",", " "),
         headline=VERDICTS[predicate["verdict"]],
         reason=reason(predicate),
+        lead=lead(predicate),
         levels=LEVELS,
         words=WORDS,
         measures=[m | {"text": number(m)} for m in predicate["evidence"]["measures"][:SHOWN]],
@@ -62,7 +63,14 @@ def reason(predicate: Mapping[str, Any]) -> str:
     """Why the verdict is what it is."""
     if predicate["lineage"]["original"] == predicate["model"]["recorded"]:
         return "The model is the original, unchanged."
-    return REASONS[predicate["verdict"]]
+    refuted = [c["level"] for c in predicate["claims"] if c["verdict"] == "refuted"]
+    return f"Refuted at {', '.join(refuted)}: then no claim stands." if refuted else REASONS[predicate["verdict"]]
+
+
+def lead(predicate: Mapping[str, Any]) -> str:
+    """The strongest claim that holds, as the one sentence that may be said; empty when nothing is certified."""
+    held = [str(c["claim"]) for c in predicate["claims"] if c["verdict"] == "certified"]
+    return held[0] if held and predicate["verdict"] != "refused" else ""
 
 
 def number(measure: Mapping[str, Any]) -> str:
@@ -91,6 +99,7 @@ h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; }
 h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
 p, li { max-width: 44rem; }
 .soft, dt, th { color: var(--soft); }
+.lead { font-size: 1.25rem; line-height: 1.4; margin: .2rem 0 .6rem; }
 .reason { font-size: 1.1rem; margin: 0 0 1rem; }
 .claim { border-left: 4px solid var(--unsupported); background: var(--wash); padding: .7rem 1rem; margin: .7rem 0; }
 .claim.certified { border-color: var(--holds); }
@@ -113,6 +122,9 @@ code { font: .9em/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
 <body>
 <main>
 <h1>{{ headline }}</h1>
+{% if lead %}
+<p class="lead">{{ lead }}</p>
+{% endif %}
 <p class="reason">{{ reason }}</p>
 <p class="soft">This page repeats what <code>{{ certificate }}</code> says. Only that file is signed; check it with
 <code>expunge verify {{ certificate }} --pub KEY.pub.pem --model MODEL</code>.</p>
@@ -120,7 +132,7 @@ code { font: .9em/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
 <h2>What is said</h2>
 {% for c in p.claims %}
 <section class="claim {{ c.verdict }}">
-<p><span class="mark">{{ c.level }} {{ words[c.verdict] }}</span> <span class="soft">{{ levels[c.level] }}</span></p>
+<p>{{ c.level }} {{ levels[c.level] }}: <span class="mark">{{ words[c.verdict] }}</span></p>
 <p>{{ c.claim }}</p>
 {% if c.assumptions and c.verdict != "unsupported" %}
 <p class="soft">If:</p>
@@ -155,11 +167,18 @@ code { font: .9em/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
 {% for a in p.evidence.axes %}
 <dt>{{ a.axis }}</dt><dd>{{ a.verdict }} ({{ a.tests }} tests)</dd>
 {% endfor %}
+</dl>
+<h2>What it does not say</h2>
+<ul>{% for a in p.not_claimed %}<li>{{ a }}</li>{% endfor %}</ul>
+
+<h2>What became of other copies, as the signer states it</h2>
+<dl>
 {% for name, d in p.lineage.disposal.items() %}
 <dt>{{ name }}</dt>
-<dd>{{ d.state }}{% if d.when %}, {{ d.when[:10] }}{% endif %} <span class="soft">(stated by the signer)</span></dd>
+<dd>{{ d.state }}{% if d.when %}, {{ d.when[:10] }}{% endif %}</dd>
 {% endfor %}
 </dl>
+
 {% if measures %}
 <h2>Figures measured by the signer</h2>
 <table>
@@ -170,9 +189,6 @@ code { font: .9em/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
 </table>
 {% if hidden %}<p class="soft">{{ hidden }} more are in the certificate.</p>{% endif %}
 {% endif %}
-
-<h2>What it does not say</h2>
-<ul>{% for a in p.not_claimed %}<li>{{ a }}</li>{% endfor %}</ul>
 </main>
 </body>
 </html>
