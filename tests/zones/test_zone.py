@@ -8,13 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from zone_cases import adapter, base, document, private, world, zone_of
 
 from expunge.data.samples import Sample, subjects
 from expunge.errors import UserError
 from expunge.zones.build import build_zone, check_disjoint
 from expunge.zones.storage import pack_block
 from expunge.zones.zone import Row, Zone, get_zone, shared_owners
+from zone_cases import adapter, base, document, private, world, zone_of
 
 torch.set_num_threads(1)
 
@@ -118,7 +118,7 @@ def test_a_shared_fact_goes_when_any_owner_goes() -> None:
         assert zone.digest() == zone_of(without, owners=owners).digest()
 
 
-# -- what is refused -----------------------------------------------------------------------------------------------------
+# -- what is refused ---------------------------------------------------------------------------------------------------
 
 
 def test_private_texts_among_the_public_ones_are_refused() -> None:
@@ -193,7 +193,7 @@ def test_errors_name_what_is_wrong() -> None:
         zone.add([zone.record(crowd[0], adapter())], base())
     with pytest.raises(UserError, match="unknown subject"):
         zone.remove(subject="Nobody At All")
-    with pytest.raises(UserError, match="unknown record .* did you mean"):
+    with pytest.raises(UserError, match=r"unknown record .* did you mean"):
         zone.remove(ids=[crowd[0].id + "x"])
     with pytest.raises(UserError, match="has no subject"):
         zone.add([replace(zone.record(crowd[0], adapter()), id="new", owners=())], base())
