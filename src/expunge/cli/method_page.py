@@ -52,6 +52,8 @@ def _cells(entry: Entry) -> list[str]:
 
 def _defaults(entry: Entry) -> str:
     own = [o for o in entry.options if o["name"] in ("epochs", "learning_rate", "retain", "gamma", "alpha", "beta")]
+    if not own:
+        return "No options." if not entry.options else "`expunge show` has its options."
     return "Defaults: " + ", ".join(f"`{o['name']}` {value(o['default'])}" for o in own) + "."
 
 
