@@ -73,6 +73,7 @@ class Case:
 
 UNLEARN = "unlearn --model model --out out --method ga"
 BENCH = "bench --model model --forget forget.jsonl --retain retain.jsonl --methods ga --out out"
+AUDIT = "audit --model model --forget forget.jsonl --out out"
 CASES = {
     "no data": Case(UNLEARN, ("name the data", "--forget")),
     "two kinds of data": Case(f"{UNLEARN} --data people --forget forget.jsonl", ("either --data NAME, or --forget",)),
@@ -109,6 +110,19 @@ CASES = {
     "no such base": Case(f"{UNLEARN} --forget forget.jsonl --base ./gone", ("'./gone' does not exist",)),
     "no such reference": Case(f"{UNLEARN} --forget forget.jsonl --reference ./gone", ("'./gone' does not exist",)),
     "no such original": Case("audit -m model -o out --forget forget.jsonl --original ./gone", ("'./gone'",)),
+    "unknown suite of an audit": Case(f"{AUDIT} --suite quik", ("unknown suite 'quik'", "did you mean 'quick'?")),
+    "unknown attack": Case(f"{AUDIT} --attacks zlip", ("unknown attack 'zlip'", "did you mean 'zlib'?")),
+    "unknown option of attack": Case(f"{AUDIT} --attacks blind:fold=3", ("option of attack blind", "'folds'?")),
+    "attack option without =": Case(f"{AUDIT} --attacks blind:folds", ("'folds' is not key=value",)),
+    "attack option of wrong type": Case(f"{AUDIT} --attacks blind:folds=few", ("'few' is not a whole number",)),
+    "attack named twice": Case(f"{AUDIT} --attacks loss,zlib,loss", ("'loss' is named twice",)),
+    "no such attack file": Case(
+        f"{AUDIT} --attacks gone.py:mine", ("'gone.py' does not exist", "path/to/file.py:name")
+    ),
+    "unknown axis": Case(f"{AUDIT} --fail-on privac", ("unknown --fail-on 'privac'", "did you mean 'privacy'?")),
+    "impossible level": Case(f"{AUDIT} --level 5", ("--level 5.0 is not between 0 and 1",)),
+    "impossible fdr": Case(f"{AUDIT} --fdr 0", ("--fdr 0.0 is not between 0 and 1",)),
+    "no such shadow": Case(f"{AUDIT} --shadow ./gone", ("'./gone' does not exist",)),
     "folder with something else": Case(f"{UNLEARN} --forget forget.jsonl --out notes", ("no run folder", "new --out")),
     "bench without retain": Case("bench -m model --forget forget.jsonl --methods ga -o out", ("--retain",)),
     "bench without a model": Case("bench --data people -o out", ("--model", "--init")),
