@@ -27,6 +27,9 @@ from expunge.bench.single import (
 from expunge.bench.study import Study
 from expunge.bench.validation import DATA, METHODS, ValidationOptions, validate
 from expunge.bench.zones import check_zone, train_zone
+from expunge.certify import issue as _issue
+from expunge.certify import signing as _signing
+from expunge.certify import verify as _verify
 from expunge.completeness import run as _completeness
 from expunge.data.samples import Dataset, Role
 from expunge.errors import UserError
@@ -42,6 +45,7 @@ from expunge.training.loop import TrainOptions
 
 Text = str | Path
 completeness = _completeness.completeness
+certify, verify, keygen = _issue.certify, _verify.verify, _signing.keygen
 BOOKKEEPING = frozenset({"run.yaml", "run.json", "events.jsonl", ".lock"})
 
 

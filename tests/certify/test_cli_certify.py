@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from tests.certify.certificate_cases import CLAIMS, write_model, write_run
 
 from expunge.certify import issue
@@ -208,3 +211,38 @@ def test_wrong_input(arguments: str, word: str, place: Path, capsys: Captured, m
     said = capsys.readouterr()
     assert word in said.err and said.err.count("\n") == 1 and said.err.startswith("expunge: ") and not said.out
     assert sorted(place.rglob("*")) == before
+
+
+def test_model_signing_reads_the_detached_signature(place: Path, capsys: Captured) -> None:
+    verifying = pytest.importorskip("model_signing.verifying")
+    for curve in (ec.SECP256R1(), ec.SECP384R1()):
+        key, folder = ec.generate_private_key(curve), place / curve.name
+        folder.mkdir()
+        private, public, out = folder / "oms.pem", folder / "oms.pub.pem", folder / "c.json"
+        private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+        public.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+        signed = ["certify", place / "run", "--key", place / "signing.pem", "--oms-key", private, "--out", out]
+        assert expunge(*signed) == 0 and "c.sig" in capsys.readouterr().out
+        before = (folder / "c.sig").read_bytes()
+        assert expunge(*signed) == 0 and (folder / "c.sig").read_bytes() == before
+        theirs = verifying.Config().use_elliptic_key_verifier(public_key=public)
+        theirs.verify(place / "run" / "model", folder / "c.sig")
+        root = json.loads(base64.b64decode(json.loads(before)["dsseEnvelope"]["payload"]))["subject"][0]["digest"]
+        assert root == {"sha256": statement(out)["predicate"]["model"]["oms_root"]}
+    config = place / "run" / "model" / "config.json"
+    config.write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        theirs.verify(place / "run" / "model", folder / "c.sig")
+
+
+def test_a_detached_signature_is_not_overwritten(place: Path, capsys: Captured) -> None:
+    for name, curve in (("a", ec.SECP256R1()), ("b", ec.SECP256R1()), ("k1", ec.SECP256K1())):
+        key = ec.generate_private_key(curve).private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        (place / f"{name}.pem").write_bytes(key)
+    signed = ["certify", place / "run", "--key", place / "signing.pem", "--oms-key"]
+    assert expunge(*signed, place / "a.pem") == 0
+    assert expunge(*signed, place / "b.pem") == 2
+    assert "is another signature" in capsys.readouterr().err
+    for other in ("k1.pem", "signing.pem", "auditor.pub.pem", "nowhere.pem"):
+        assert expunge(*signed, place / other) == 2
+        assert "P-256" in (said := capsys.readouterr().err) or "cannot be read" in said

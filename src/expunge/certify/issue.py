@@ -8,10 +8,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+
+from expunge.certify import oms
 from expunge.certify.commitments import Keys, read_keys
 from expunge.certify.evidence import read_run, rows
 from expunge.certify.gather import Evidence
 from expunge.certify.levels import assess
+from expunge.certify.oms import elliptic_key
 from expunge.certify.page import page
 from expunge.certify.privacy import refuse_personal
 from expunge.certify.signing import cosign, envelope, private_key
@@ -20,7 +24,7 @@ from expunge.certify.vendored import Unreadable, load, read_envelope, read_state
 from expunge.errors import UserError
 from expunge.files import SCRATCH
 
-CERTIFICATE, KEYS, PAGE = "certificate.json", ".keys.json", ".html"
+CERTIFICATE, KEYS, PAGE, OMS = "certificate.json", ".keys.json", ".html", ".sig"
 DAYS = 365  # for which a certificate is valid: attacks get better, and evidence gets old
 
 
@@ -32,6 +36,7 @@ class Issued:
     certificate: Path | None = None
     keys: Path | None = None
     page: Path | None = None
+    oms: Path | None = None
     new: bool = True
 
     @property
@@ -51,6 +56,7 @@ def certify(
     model: Path | str | None = None,
     out: Path | str | None = None,
     request: Request | None = None,
+    oms_key: Path | str | None = None,
     days: int = DAYS,
     now: datetime | None = None,
 ) -> Issued:
@@ -58,7 +64,8 @@ def certify(
 
     ``certificate.json`` and beside it ``certificate.keys.json`` (the keys of its commitments, for the signer alone)
     and ``certificate.html`` go into the run folder, or to ``out``. The same call on the same run gives the same
-    bytes, and changes nothing. A ``run`` that is itself a certificate gets one more signature; it goes to ``out``.
+    bytes, and changes nothing. With ``oms_key`` the model gets a signature by OpenSSF Model Signing too, in
+    ``certificate.sig``. A ``run`` that is itself a certificate gets one more signature; it goes to ``out``.
 
     Raises:
         UserError: the run, model or key is not fit for it, or another certificate is there already.
@@ -70,6 +77,7 @@ def certify(
         return _cosigned(Path(run), key, out, now)
     facts = read_run(run, model)
     signer = None if key is None else private_key(key, now)
+    elliptic = None if oms_key is None else elliptic_key(oms_key)
     target = facts.folder / CERTIFICATE if out is None else Path(out)
     if target.suffix != ".json":
         raise UserError(f"--out '{target}' must end in .json; keys and page go beside it.")
@@ -85,14 +93,24 @@ def certify(
     if signer is None:
         return Issued(statement)
     certificate = envelope(payload, [signer])
-    if there is not None:
-        if there != certificate:
-            raise UserError(f"'{target}' is another certificate, and none is overwritten: choose a new --out.")
-        return Issued(statement, target, secret, _written_page(target, statement), new=False)
+    if there is not None and there != certificate:
+        raise UserError(f"'{target}' is another certificate, and none is overwritten: choose a new --out.")
     if not secret.exists():
         keys.write(secret)
-    _place(target, certificate)
-    return Issued(statement, target, secret, _written_page(target, statement))
+    released = None if elliptic is None else _release(target.with_suffix(OMS), statement, facts.model.name, elliptic)
+    if there is None:
+        _place(target, certificate)
+    return Issued(statement, target, secret, _written_page(target, statement), released, new=there is None)
+
+
+def _release(path: Path, statement: Mapping[str, Any], name: str, key: EllipticCurvePrivateKey) -> Path:
+    """Sign the model by OMS, unless this key has done so."""
+    content = oms.payload(statement["predicate"]["model"]["manifest"], name)
+    if not path.exists():
+        _place(path, oms.bundle(content, key))
+    elif not oms.is_signed(load(path), content, key):
+        raise UserError(f"'{path}' is another signature, and none is overwritten: choose a new --out.")
+    return path
 
 
 def claims_of(folder: Path) -> list[dict[str, Any]]:

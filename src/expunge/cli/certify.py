@@ -39,6 +39,10 @@ def command(
     timestamp: Annotated[
         Path | None, typer.Option("--timestamp", help="RFC 3161 token (.tsr) over the digest of the model's manifest.")
     ] = None,
+    oms_key: Annotated[
+        Path | None,
+        typer.Option("--oms-key", help="P-256 private key: the model is also signed by OpenSSF Model Signing."),
+    ] = None,
     json: Json = False,
 ) -> int:
     """Sign what a run shows about its model: claims, evidence, and what is not claimed.
@@ -62,8 +66,8 @@ def command(
         disposal=disposals(disposal),
         timestamp=None if timestamp is None else token(timestamp),
     )
-    made = certify(run, key=key, model=model, out=out, request=given, days=days)
-    places = {"certificate": made.certificate, "keys": made.keys, "page": made.page}
+    made = certify(run, key=key, model=model, out=out, request=given, oms_key=oms_key, days=days)
+    places = {"certificate": made.certificate, "keys": made.keys, "page": made.page, "oms": made.oms}
     record = {k: v for k, v in places.items() if v is not None} | {"new": made.new, "verdict": made.verdict}
     emit(record | {"statement": made.statement}, described(made), json)
     return int(made.verdict == "refused")
@@ -107,4 +111,6 @@ def described(made: Issued) -> str:
     text += f"certificate  {made.certificate}{'' if made.new else ' (was there, byte for byte)'}\n"
     if made.page is not None:
         text += f"page         {made.page}\nkeys         {made.keys} (destroy them, and the commitments say nothing)\n"
+    if made.oms is not None:
+        text += f"OMS          {made.oms}\n"
     return text
