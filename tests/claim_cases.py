@@ -20,6 +20,7 @@ from expunge.certify.sections import (
     Residual,
     Sections,
 )
+from expunge.privacy_accounting import gaussian_mu
 
 A, B, C, D = ("a" * 64, "b" * 64, "c" * 64, "d" * 64)
 CLEAR = Clearance(finding="never-saw", sentence="by the manifests nothing was seen", records=3, links=2)
@@ -37,9 +38,9 @@ def removal(**changes: Any) -> Removal:
 
 
 def residual(**changes: Any) -> Residual:
-    """σ for (1, 1e-5) exactly: μ = .26788."""
+    """σ for (1, 1e-5) exactly: μ = .26805."""
     clean: dict[str, Any] = {"residual": 1e-10, "reference_residual": 2e-10, "tolerance": 1e-9}
-    clean |= {"reference_tolerance": 1e-9, "strong_convexity": 0.03, "noise": 2e-9 / (0.03 * 0.26788)}
+    clean |= {"reference_tolerance": 1e-9, "strong_convexity": 0.03, "noise": 2e-9 / (0.03 * gaussian_mu(1.0, 1e-5))}
     return Residual(**(clean | {"logit_noise": 1e-3, "delta": 1e-5} | changes))
 
 

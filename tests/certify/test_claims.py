@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from claim_cases import A, B, C, CLEAR, SEARCH, attacks, equivalence, removal, residual, score
+from claim_cases import CLEAR, SEARCH, A, B, C, attacks, equivalence, removal, residual, score
 from expunge.certify.claims import EPSILON, Case, Claim, Ruling, number
 from expunge.certify.formal import Exact, Indistinguishable, reset_mu
 from expunge.certify.levels import CLAIMS
 from expunge.certify.measured import Audited, Close, Equivalent, Robust
 from expunge.certify.refusals import Refusal
 from expunge.certify.sections import Arms, Change, Distance, Guesses, PrivateTraining, Reset, Sections, Trials
-from expunge.privacy_accounting import gaussian_epsilon
+from expunge.privacy_accounting import gaussian_epsilon, gaussian_mu
 
 KNOWN: dict[str, Any] = {"provenance": CLEAR, "duplicates": SEARCH}
 
@@ -58,7 +58,7 @@ def test_residual_gives_the_published_epsilon() -> None:
     claim = Indistinguishable(residual=residual(), **KNOWN)
     found = claim.judged()
     assert found.verdict == "certified"
-    assert found.figures["mu"] == pytest.approx(0.26788) and found.figures["epsilon"] == pytest.approx(1.0, abs=1e-3)
+    assert found.figures["mu"] == pytest.approx(0.26805, abs=1e-5) and found.figures["epsilon"] == pytest.approx(1.0)
     assert "(1," in claim.said() and "1e-05" in claim.said()
 
 
@@ -81,7 +81,7 @@ def test_residual_falls(changes: dict[str, Any], words: str) -> None:
 
 def test_the_logistic_zone_of_the_measurements_is_refused() -> None:
     """Residual 6.8e-4 at λ = 1e-5: the noise for (1, 1e-5) would be 460 to 510 per weight."""
-    sigma = 2 * 6.8e-4 / (1e-5 * 0.26788)
+    sigma = 2 * 6.8e-4 / (1e-5 * gaussian_mu(1.0, 1e-5))
     assert 450 < sigma < 520
     claim = Indistinguishable(
         residual=residual(
@@ -90,12 +90,15 @@ def test_the_logistic_zone_of_the_measurements_is_refused() -> None:
         ),
         **KNOWN,
     )  # fmt: skip
-    assert claim.judged().figures["epsilon"] == pytest.approx(1, abs=1e-3) and claim.judged().verdict == "unsupported"
+    assert claim.judged().figures["epsilon"] == pytest.approx(1) and claim.judged().verdict == "unsupported"
 
 
 def test_releases_compose_as_roots_of_squares() -> None:
     found = Indistinguishable(residual=residual(earlier_mu=(0.3, 0.4)), **KNOWN).judged()
-    assert found.figures["mu"] == pytest.approx(math.sqrt(0.25 + 0.26788**2)) and found.figures["releases"] == 3
+    assert (
+        found.figures["mu"] == pytest.approx(math.sqrt(0.25 + gaussian_mu(1.0, 1e-5) ** 2))
+        and found.figures["releases"] == 3
+    )
 
 
 def test_group_privacy_and_reset() -> None:
