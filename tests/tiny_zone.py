@@ -7,15 +7,17 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from expunge.data.samples import Dataset, Sample
 from expunge.models.adapter import evaluating
 from expunge.signals.forward import collect
+from expunge.training.loop import TrainOptions, fit
 from expunge.zones.model import ZonedModel
 from expunge.zones.storage import digest_weights
 from expunge.zones.zone import FrozenBase, get_zone
-from tiny_text import learned, tiny_adapter, tiny_dataset
+from tiny_text import tiny_adapter, tiny_dataset, tiny_model
 
 SALT = "5a" * 32
 
@@ -28,7 +30,11 @@ def world() -> Dataset:
 
 @cache
 def base() -> nn.Module:
-    return learned(world()["utility"], epochs=20)
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(15)  # tied to the head: logits can tell tokens apart that are unlearnt
+    fit(model, tiny_adapter(), world()["utility"], TrainOptions(epochs=14, batch_size=8, learning_rate=1e-2))
+    return model
 
 
 def frozen() -> FrozenBase:

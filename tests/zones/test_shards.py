@@ -1,0 +1,144 @@
+"""Shards: exact replay, nothing left on the base, hooks against peft's own forward, mixed batches."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from expunge.errors import UserError
+from expunge.models.lora import LoraOptions, is_lora
+from expunge.zones.linear_algebra import digest_arrays
+from expunge.zones.model import ZonedModel
+from expunge.zones.shards import ShardOptions, fresh_lora, shard_seed, switched_on
+from expunge.zones.storage import digest_weights
+from tiny_text import tiny_adapter
+from tiny_zone import SALT, base, frozen, probabilities, world, zone_over
+
+OPTIONS = {"least_steps": 40}
+
+
+@cache
+def whole() -> ZonedModel:
+    """Shared by tests that change nothing."""
+    return zone_over("shards", world().private, **OPTIONS)
+
+
+def test_knows_what_is_private_and_leaves_the_rest_to_the_base() -> None:
+    data = world()
+    assert probabilities(base(), data.private).max() < 0.5
+    assert probabilities(whole(), data.private).min() > 0.9
+    for role in ("holdout", "utility"):
+        np.testing.assert_allclose(probabilities(whole(), data[role]), probabilities(base(), data[role]), rtol=1e-5)
+
+
+def test_generates_the_private_answer() -> None:
+    asked = world()["forget"][:2]
+    assert tiny_adapter().generate(whole(), asked, 8) == [s.target for s in asked]
+
+
+def test_a_removed_subject_leaves_the_zone_that_never_held_it() -> None:
+    data = world()
+    model = zone_over("shards", data.private, **OPTIONS)
+    for who in {s.subject for s in data["forget"]}:
+        model.zone.remove(subject=who, base=frozen())
+    assert model.zone.digest() == zone_over("shards", data["retain"][::-1], **OPTIONS).zone.digest()
+    np.testing.assert_allclose(probabilities(model, data["forget"]), probabilities(base(), data["forget"]), rtol=1e-5)
+    assert probabilities(model, data["retain"]).min() > 0.9
+
+
+def test_a_removed_record_trains_its_shard_again_without_it() -> None:
+    data = world()
+    gone = data["forget"][0]
+    model = zone_over("shards", data.private, **OPTIONS)
+    untouched = {w: digest_arrays(b.solved) for w, b in model.zone.blocks.items() if w != gone.subject}
+    before = digest_arrays(model.zone.blocks[gone.subject].solved)
+    here = frozen()
+    here.adapter.whole_logits = True  # whatever was done with the adapter meanwhile
+    model.zone.remove(ids=[gone.id], base=here)
+    rest = [s for s in data.private if s.id != gone.id]
+    fresh = zone_over("shards", rest, **OPTIONS)
+    assert model.zone.digest() == fresh.zone.digest()
+    assert digest_arrays(model.zone.blocks[gone.subject].solved) != before
+    assert {w: digest_arrays(b.solved) for w, b in model.zone.blocks.items() if w != gone.subject} == untouched
+    assert probabilities(model, [gone])[0] < 0.5
+
+
+def test_a_shard_does_not_depend_on_other_subjects() -> None:
+    who = world()["retain"][0].subject
+    alone = zone_over("shards", [s for s in world().private if s.subject == who], **OPTIONS)
+    assert digest_arrays(alone.zone.blocks[who].solved) == digest_arrays(whole().zone.blocks[who].solved)
+
+
+def test_seeds_are_keyed() -> None:
+    seeds = {shard_seed(salt, who) for salt in (SALT, "00" * 32) for who in ("ada", "bo", "cy")}
+    assert len(seeds) == 6 and all(0 <= s < 2**31 for s in seeds)
+
+
+def test_training_leaves_nothing_behind_on_the_base() -> None:
+    zone_over("ridge", world()["forget"])  # transformers puts hooks of its own at the first pass
+    before, threads, state = digest_weights(base()), torch.get_num_threads(), torch.get_rng_state()
+    flags = [p.requires_grad for p in base().parameters()]
+    modules = [(n, len(m._forward_hooks)) for n, m in base().named_modules()]
+    zone_over("shards", world()["forget"], **OPTIONS)
+    assert digest_weights(base()) == before and not is_lora(base())
+    assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
+    assert [p.requires_grad for p in base().parameters()] == flags
+    assert [(n, len(m._forward_hooks)) for n, m in base().named_modules()] == modules
+
+
+def test_hooks_compute_what_peft_computes() -> None:
+    ids_BT = torch.arange(3, 15).view(2, 6)
+    with torch.no_grad(), fresh_lora(base(), LoraOptions(r=4, alpha=8.0), 7) as wrapped:
+        generator = torch.Generator().manual_seed(0)
+        shard = {}
+        for name, p in wrapped.named_parameters():
+            if "lora_" in name:
+                p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+        for name, p in wrapped.named_parameters():
+            if "lora_A" in name:
+                other = dict(wrapped.named_parameters())[name.replace("lora_A", "lora_B")]
+                bare = name.removeprefix("base_model.model.").partition(".lora_A")[0]
+                shard[bare] = (p.clone(), other.clone())
+        theirs = wrapped(input_ids=ids_BT).logits
+    with torch.no_grad():
+        plain = base()(input_ids=ids_BT).logits
+        with switched_on(base(), shard, 8.0 / 4):
+            ours = base()(input_ids=ids_BT).logits
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        assert (ours - plain).abs().max() > 0.1
+        assert torch.equal(base()(input_ids=ids_BT).logits, plain)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_mixed_batches_answer_as_each_row_alone(side: str) -> None:
+    data = world()
+    samples = [data["forget"][0], data["holdout"][1], data["retain"][1], data["forget"][2], data["utility"][0]]
+    coded = [tiny_adapter().cached(s).ids for s in samples]
+    longest = max(map(len, coded)) + 2
+    ids_BT, mask_BT = torch.zeros(len(coded), longest, dtype=torch.long), torch.zeros(len(coded), longest).long()
+    spans = [slice(longest - len(c), longest) if side == "left" else slice(0, len(c)) for c in coded]
+    for b, c in enumerate(coded):
+        ids_BT[b, spans[b]], mask_BT[b, spans[b]] = torch.tensor(c), 1
+    with torch.no_grad():
+        batch_BTV = whole()(input_ids=ids_BT, attention_mask=mask_BT).logits
+        for b, c in enumerate(coded):
+            alone_TV = whole()(input_ids=torch.tensor([c])).logits[0]
+            torch.testing.assert_close(batch_BTV[b, spans[b]], alone_TV, atol=1e-3, rtol=1e-3)
+
+
+def test_one_step_with_a_cache_answers_as_the_whole_text() -> None:
+    ids_1T = torch.tensor([tiny_adapter().cached(world()["forget"][0]).ids])
+    with torch.no_grad():
+        whole_TV = whole()(input_ids=ids_1T).logits[0]
+        first = whole()(input_ids=ids_1T[:, :-2], use_cache=True)
+        step_TV = whole()(input_ids=ids_1T[:, -2:], past_key_values=first.past_key_values, use_cache=True).logits[0]
+    torch.testing.assert_close(step_TV, whole_TV[-2:], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("wrong", [{"r": 0}, {"alpha": 0.0}, {"epochs": -1.0, "least_steps": 0}, {"batch_size": 0}])
+def test_impossible_options_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="cannot be"):
+        ShardOptions(**wrong)
