@@ -118,6 +118,10 @@ def test_flags_reach_the_reader_of_an_edit() -> None:
         assert any("near-duplicate" in text for text in claim.record()["not_claimed"])
 
 
+def test_a_zone_never_put_the_data_into_weights() -> None:
+    assert names(replace(zone(), removes_from_weights=False)) == names(zone())
+
+
 def test_few_calls_are_what_the_error_rate_explains() -> None:
     assert "over-unlearned" not in names(edit(verdicts=Verdicts(1, 38, 1)))
     assert "utility-lost" not in names(edit(staying=(staying(-1.2),)))

@@ -14,7 +14,6 @@ What a manifest says is what its maker says: it is evidence under honest logging
 from __future__ import annotations
 
 import hashlib
-import hmac
 import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -95,8 +94,8 @@ class Clearance(Frozen):
 
 
 def salted(digest: str, salt: str) -> str:
-    """HMAC-SHA-256 of a content digest under the salt."""
-    return hmac.new(bytes.fromhex(salt), digest.encode(), hashlib.sha256).hexdigest()
+    """SHA-256 of ``salt/digest``: what ``trained_on.json`` beside a trained model holds of each sample."""
+    return hashlib.sha256(f"{salt}/{digest}".encode()).hexdigest()
 
 
 def normalised_digest(sample: Sample, salt: str) -> str | None:

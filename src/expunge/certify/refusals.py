@@ -238,7 +238,7 @@ def _not_converged(e: Evidence) -> str | None:
 
 
 def _hidden_only(e: Evidence) -> str | None:
-    if e.removes_from_weights is False:
+    if e.removes_from_weights is False and e.kind != "zone":  # a zone never put it there
         return "the method hides the data and declares that it stays in the weights."
     return None
 
