@@ -155,6 +155,7 @@ def unlearn(
     template: str = "auto",
     context: int | None = None,
     seed: int = 0,
+    data_seed: int = 0,
     quiet: bool = True,
     dry_run: bool = False,
 ) -> Result:
@@ -179,6 +180,7 @@ def unlearn(
         template=template,
         context=context,
         seed=seed,
+        data_seed=data_seed,
     )
     settings = {k: str(v) for k, v in (set or {}).items()}
     for key, value in (("epochs", epochs), ("batch_size", batch_size), ("learning_rate", learning_rate)):
@@ -244,6 +246,7 @@ def audit(
     template: str = "auto",
     context: int | None = None,
     seed: int = 0,
+    data_seed: int = 0,
     quiet: bool = True,
     dry_run: bool = False,
 ) -> Result:
@@ -269,6 +272,7 @@ def audit(
         template=template,
         context=context,
         seed=seed,
+        data_seed=data_seed,
     )
     options = AuditOptions(
         model=str(model),
@@ -323,6 +327,7 @@ def train(
     template: str = "auto",
     context: int | None = None,
     seed: int = 0,
+    data_seed: int = 0,
     quiet: bool = True,
     dry_run: bool = False,
 ) -> Result:
@@ -346,6 +351,7 @@ def train(
         template=template,
         context=context,
         seed=seed,
+        data_seed=data_seed,
     )
     given = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "optimizer": optimizer}
     values = {k: v for k, v in given.items() if v is not None}
@@ -439,6 +445,7 @@ def bench(
         template=template,
         context=context,
         seed=seed,
+        data_seed=seed,
     )
     entries = parse_methods(methods)
     given = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}

@@ -131,3 +131,11 @@ def test_doctor_reads_offline(capsys: Captured, monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setenv("HF_HUB_OFFLINE", value)
         run(["doctor", "--json"])
         assert json.loads(capsys.readouterr().out)["offline"] is offline
+
+
+def test_the_training_seed_does_not_change_the_people() -> None:
+    from expunge.bench.single import Request
+
+    first, other = (Request(data="people", data_options={"people": 6}, seed=s).dataset() for s in (0, 1))
+    assert first.digest() == other.digest()
+    assert Request(data="people", data_options={"people": 6}, data_seed=1).dataset().digest() != first.digest()

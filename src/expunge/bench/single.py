@@ -56,6 +56,7 @@ class Request:
     context: int | None = None
     lora: Mapping[str, Any] | None = None
     seed: int = 0
+    data_seed: int = 0  # of generated data and of what --delete draws: models of one dataset differ in ``seed`` alone
 
     def dataset(self) -> Dataset:
         """Load and check it.
@@ -66,11 +67,11 @@ class Request:
         if (self.data is None) == (self.forget is None):
             raise UserError("name the data: either --data NAME, or --forget FILE (with --retain FILE).")
         if self.data is not None:
-            found = load_dataset(self.data, data_dir=self.data_dir, seed=self.seed, options=self.data_options)
+            found = load_dataset(self.data, data_dir=self.data_dir, seed=self.data_seed, options=self.data_options)
         else:
             assert self.forget is not None
             found = load_files(forget=self.forget, retain=self.retain, holdout=self.holdout, utility=self.utility)
-        return by_wishes(found.check(), self.delete, self.seed)
+        return by_wishes(found.check(), self.delete, self.data_seed)
 
     def earlier_samples(self) -> tuple[Sample, ...]:
         """What earlier requests have erased from the same model, and must stay erased."""

@@ -50,6 +50,7 @@ Lora = Annotated[
     typer.Option("--lora", metavar="KEY=VALUE,...", help="Train low-rank adapters, not all weights: 'r=8,alpha=16'."),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", min=0)]
+DataSeed = Annotated[int, typer.Option("--data-seed", help="Seed of generated data and of what --delete draws.", min=0)]
 BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Samples per step.", min=1)]
 Epochs = Annotated[
     float | None, typer.Option("--epochs", help="Passes over the data; the method's own if none.", min=0)

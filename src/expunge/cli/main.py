@@ -51,9 +51,7 @@ VERBS: tuple[Verb, ...] = (
     ),
     Verb("train", "Train an original, a reference or a base; a killed training goes on where it stopped."),
     Verb("certify", "Sign what a run shows about its model: claims, evidence, and what is not claimed."),
-    Verb(
-        "verify", "Check a certificate offline: what holds, what is refuted, what could not be checked."
-    ),
+    Verb("verify", "Check a certificate offline: what holds, what is refuted, what could not be checked."),
     Verb("keygen", "Make a key pair to sign certificates with: Ed25519, in PEM files; no key is ever overwritten."),
     Verb("report", "Rebuild results.md and report.html of run folders from the per-sample record."),
     Verb("ls", "List the methods, attacks, metrics, datasets or models that can be named."),

@@ -11,6 +11,7 @@ from expunge.cli.common import (
     Data,
     DataDir,
     DataOption,
+    DataSeed,
     Delete,
     Device,
     DryRun,
@@ -62,6 +63,7 @@ def command(
     dtype: Dtype = "fp32",
     template: Template = None,
     seed: Seed = 0,
+    data_seed: DataSeed = 0,
     json: Json = False,
     quiet: Quiet = False,
     dry_run: DryRun = False,
@@ -102,6 +104,7 @@ def command(
         dtype=DTYPES.get(dtype, dtype),
         template=template or "auto",
         seed=seed,
+        data_seed=data_seed,
         quiet=quiet,
         dry_run=dry_run,
     )
