@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from tests.certify.certificate_cases import CLAIMS, write_model, write_run
+from tests.certify.certificate_cases import CLAIMS, sign, write_model, write_run
 
 from expunge.certify import issue
 from expunge.certify.vendored import read_envelope, read_statement
@@ -115,6 +115,11 @@ def test_an_auditor_signs_too(place: Path, capsys: Captured) -> None:
     assert expunge("verify", run / "certificate.json", *keys) == 1
     assert expunge("verify", run / "certificate.json", *keys, "--threshold", "1") == 0
     assert expunge("certify", both, "--key", place / "auditor.pem", "--out", place / "three.json") == 2
+    old = statement(run / "certificate.json")
+    old["predicate"]["valid_until"] = old["predicate"]["created"]
+    (place / "old.json").write_bytes(sign(old))
+    assert expunge("certify", place / "old.json", "--key", place / "auditor.pem", "--out", place / "three.json") == 2
+    assert "cannot be signed: the certificate ran out" in capsys.readouterr().err
     assert expunge("certify", run / "certificate.json", "--key", place / "auditor.pem") == 2
     assert expunge("certify", run / "certificate.json", "--key", place / "auditor.pem", "--out", both) == 2
 
@@ -227,6 +232,7 @@ def test_model_signing_reads_the_detached_signature(place: Path, capsys: Capture
         assert expunge(*signed) == 0 and (folder / "c.sig").read_bytes() == before
         theirs = verifying.Config().use_elliptic_key_verifier(public_key=public)
         theirs.verify(place / "run" / "model", folder / "c.sig")
+        theirs.verify(shutil.copytree(place / "run" / "model", folder / "released"), folder / "c.sig")
         root = json.loads(base64.b64decode(json.loads(before)["dsseEnvelope"]["payload"]))["subject"][0]["digest"]
         assert root == {"sha256": statement(out)["predicate"]["model"]["oms_root"]}
     config = place / "run" / "model" / "config.json"

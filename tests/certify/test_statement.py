@@ -166,6 +166,18 @@ def test_the_last_look_lets_plain_words_pass() -> None:
     refuse_personal({"a": "7 of 3: negative accuracy, malice 5", "b": 7}, [*rows, *samples()])
 
 
+def test_short_phrases_of_weak_models_do_not_block_our_own_sentences(ready: dict[str, Any]) -> None:
+    rows = [
+        {"id": "1", "subject": "0", "prompt": text, "target": text, "generated": text} for text in ("in the", "That")
+    ]
+    refuse_personal(ready, rows)
+    with pytest.raises(UserError, match=r"personal data would stand in the certificate, at predicate\.method\.name:"):
+        refuse_personal({"predicate": {"method": {"name": "That"}}}, rows)
+    long = {"generated": "a signature binds the signer"}
+    with pytest.raises(UserError, match=r"at predicate\.assumptions\[0\]:"):
+        refuse_personal(ready, [long])
+
+
 def test_a_file_name_with_a_name_is_refused(run: Path, tmp_path: Path) -> None:
     (run / "model" / "zone").mkdir()
     (run / "model" / "zone" / "Jamika Rosadell.bin").write_text("x")  # no file that the run's digest covers

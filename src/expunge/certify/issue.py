@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -20,9 +22,9 @@ from expunge.certify.page import page
 from expunge.certify.privacy import refuse_personal
 from expunge.certify.signing import cosign, envelope, private_key
 from expunge.certify.statement import Request, build
-from expunge.certify.vendored import Unreadable, load, read_envelope, read_statement, read_time
+from expunge.certify.vendored import Unreadable, check_statement, load, read_envelope, read_statement, read_time
 from expunge.errors import UserError
-from expunge.files import SCRATCH
+from expunge.files import SCRATCH, write_text
 
 CERTIFICATE, KEYS, PAGE, OMS = "certificate.json", ".keys.json", ".html", ".sig"
 DAYS = 365  # for which a certificate is valid: attacks get better, and evidence gets old
@@ -97,15 +99,15 @@ def certify(
         raise UserError(f"'{target}' is another certificate, and none is overwritten: choose a new --out.")
     if not secret.exists():
         keys.write(secret)
-    released = None if elliptic is None else _release(target.with_suffix(OMS), statement, facts.model.name, elliptic)
+    released = None if elliptic is None else _release(target.with_suffix(OMS), statement, elliptic)
     if there is None:
         _place(target, certificate)
     return Issued(statement, target, secret, _written_page(target, statement), released, new=there is None)
 
 
-def _release(path: Path, statement: Mapping[str, Any], name: str, key: EllipticCurvePrivateKey) -> Path:
+def _release(path: Path, statement: Mapping[str, Any], key: EllipticCurvePrivateKey) -> Path:
     """Sign the model by OMS, unless this key has done so."""
-    content = oms.payload(statement["predicate"]["model"]["manifest"], name)
+    content = oms.payload(statement["predicate"]["model"]["manifest"])
     if not path.exists():
         _place(path, oms.bundle(content, key))
     elif not oms.is_signed(load(path), content, key):
@@ -149,17 +151,17 @@ def _cosigned(certificate: Path, key: Path | str | None, out: Path | str | None,
     try:
         data = load(certificate)
         statement = read_statement(read_envelope(data).payload)
+        wrong = [f.text for f in check_statement(statement, now) if f.state == "refuted"]
     except Unreadable as error:
         raise UserError(f"'{certificate}' cannot be signed: {error}") from error
+    if wrong:
+        raise UserError(f"'{certificate}' cannot be signed: {wrong[0]}")
     _place(Path(out), cosign(data, private_key(key, now)))
     return Issued(statement, Path(out))
 
 
 def _place(path: Path, data: bytes) -> None:
     """Write a file that is not there yet: whole under another name first, then linked to its own."""
-    import os
-    import secrets
-
     scratch = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{SCRATCH}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +169,7 @@ def _place(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.link(scratch, path)  # unlike a rename, this never replaces anything
+        _name_it(scratch, path)
     except FileExistsError:
         raise UserError(f"'{path}' exists, and nothing is overwritten: choose a new --out.") from None
     except OSError as error:
@@ -176,7 +178,17 @@ def _place(path: Path, data: bytes) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def _written_page(target: Path, statement: Mapping[str, Any]) -> Path:
-    from expunge.files import write_text
+def _name_it(scratch: Path, path: Path) -> None:
+    """Give a whole file its name; unlike a rename, a link never replaces what has that name."""
+    try:
+        os.link(scratch, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError(path) from None
+        os.replace(scratch, path)
 
+
+def _written_page(target: Path, statement: Mapping[str, Any]) -> Path:
     return write_text(target.with_suffix(PAGE), page(statement, target.name))

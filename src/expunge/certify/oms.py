@@ -52,12 +52,15 @@ def elliptic_key(path: Path | str) -> EllipticCurvePrivateKey:
     return key
 
 
-def payload(manifest: Mapping[str, Mapping[str, Any]], name: str) -> bytes:
-    """The in-toto statement of OMS: every file with its digest, in the order of their paths."""
+def payload(manifest: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """The in-toto statement of OMS: every file with its digest, in the order of their paths.
+
+    The subject is called "model": the folder's own name may be a person's.
+    """
     names = sorted(manifest, key=lambda n: n.split("/"))
     content = {
         "_type": STATEMENT,
-        "subject": [{"name": name, "digest": {"sha256": oms_root(manifest)}}],
+        "subject": [{"name": "model", "digest": {"sha256": oms_root(manifest)}}],
         "predicateType": PREDICATE,
         "predicate": {
             "serialization": {"method": "files", "hash_type": "sha256", "allow_symlinks": False},

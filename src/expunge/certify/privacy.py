@@ -11,44 +11,50 @@ from expunge.errors import UserError
 ALWAYS = ("id", "subject")
 TEXTS = ("prompt", "target", "generated")
 SHORTEST = 4  # characters; "7" or "yes" names nobody, and stands in any text
+LONG = 20  # characters from which a text is no phrase that our own sentences have by chance
+PROSE = ("predicate.claims", "predicate.assumptions", "predicate.not_claimed")  # sentences of ours, with figures
 
 
 def refuse_personal(statement: Any, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Refuse a statement in which an id, subject, name or text of a sample stands as whole words.
+    """Refuse a statement in which an id, subject or text of a sample stands as whole words.
 
     Keys count like values (a manifest has file names as keys). Compared case by case, so that the answer "Negative"
-    is not found in "false negative"; texts of one plain word are left to the commitments, for they name nobody.
+    is not found in "false negative". Texts of one plain word name nobody; short ones ("in the", as weak models answer)
+    are not looked for in our own sentences, which take nothing from a sample.
 
     Raises:
         UserError: the place where it stands.
     """
     places = list(_texts(statement, ""))
-    joined = "\n".join(text for _, text in places)
+    everything = "\n".join(text for _, text in places)
+    data = [(where, text) for where, text in places if not where.startswith(PROSE)]
     seen: set[str] = set()
     for row in rows:
-        for term in _terms(row):
+        for term, everywhere in _terms(row):
             if term in seen:
                 continue
             seen.add(term)
-            if term in joined:
-                whole = re.compile(rf"(?<!\w){re.escape(term)}(?!\w)")
-                place = next((where for where, text in places if whole.search(text)), None)
-                if place is not None:
-                    raise UserError(
-                        f"personal data would stand in the certificate, at {place}: rename the file or option "
-                        "that it comes from; a certificate never holds an id, a name or a text of a sample."
-                    )
+            if term not in everything:
+                continue
+            whole = re.compile(rf"(?<!\w){re.escape(term)}(?!\w)")
+            place = next((where for where, text in (places if everywhere else data) if whole.search(text)), None)
+            if place is not None:
+                raise UserError(
+                    f"personal data would stand in the certificate, at {place}: rename the file or option "
+                    "that it comes from; a certificate never holds an id, a name or a text of a sample."
+                )
 
 
-def _terms(row: Mapping[str, Any]) -> Iterator[str]:
+def _terms(row: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
+    """What to look for, and whether in our own sentences too."""
     for key in ALWAYS:
-        value = str(row.get(key, ""))
-        if len(value) >= SHORTEST and any(c.isalpha() for c in value):
-            yield value
+        name = str(row.get(key, ""))
+        if len(name) >= SHORTEST and any(c.isalpha() for c in name):
+            yield name, True
     for key in TEXTS:
         text = row.get(key)
         if isinstance(text, str) and len(text) >= SHORTEST and not re.fullmatch(r"[a-z]+|[\d.,]+", text):
-            yield text
+            yield text, len(text) >= LONG
 
 
 def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:
