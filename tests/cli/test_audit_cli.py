@@ -190,7 +190,7 @@ def test_a_single_sample_and_a_single_shadow(
 
 
 def test_classifiers(tmp_path: Path, capsys: Captured) -> None:
-    sizes = {"forget": 30, "retain": 120, "holdout": 60}
+    sizes = {"private": 150, "forget": 30, "holdout": 60, "utility": 20}
     data = ("--data", "digits", *(x for k, v in sizes.items() for x in ("--data-option", f"{k}={v}")))
     for name, roles in (("original", "forget,retain"), ("retrain-1", "retain"), ("retrain-2", "retain")):
         line = ("train", "--init", "tiny", *data, "--roles", roles, "--epochs", 2, "--out", tmp_path / name)
