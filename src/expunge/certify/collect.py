@@ -72,8 +72,9 @@ def _of_zone_run(folder: Path, original: Path, dataset: Dataset, *, by_subject: 
     again.add([again.record(s, base.adapter, owners.get(s.id, ())) for s in kept], base)
     removal = of_zone(before, after, requested, rebuilt=again, base=base, private=dataset.private)
     manifests = _manifests(original, dataset)
-    manifests.append(_zone_manifest(folder / "model", after, kept, manifests))
-    clearance = never_saw(digest_folder(folder / "model"), manifests, requested)
+    own = _zone_manifest(folder / "model", after, kept, manifests)
+    # Of a zone from which nothing was removed the run before speaks too; what stands in it now is what counts.
+    clearance = never_saw(own.artefact, [own, *(m for m in manifests if m.artefact != own.artefact)], requested)
     sections: dict[str, Section | Any] = {"removal": removal, "provenance": clearance}
     return sections
 
