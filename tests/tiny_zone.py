@@ -32,8 +32,8 @@ def world() -> Dataset:
 def base() -> nn.Module:
     model = tiny_model()
     with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(15)  # tied to the head: logits can tell tokens apart that are unlearnt
-    fit(model, tiny_adapter(), world()["utility"], TrainOptions(epochs=14, batch_size=8, learning_rate=1e-2))
+        model.get_input_embeddings().weight.mul_(4)  # tied to the head: logits can tell tokens apart that are unlearnt
+    fit(model, tiny_adapter(), world()["utility"], TrainOptions(epochs=16, batch_size=8, learning_rate=1e-2))
     return model
 
 

@@ -115,6 +115,18 @@ def _hashes(vocab: int) -> tuple[Array, Array]:
     return _HASHED[vocab]
 
 
+def shifted(seen: Seen, shift: Callable[[str, Tensor, Tensor], Tensor]) -> Tensor:
+    """Log-probabilities (B, T, V), with ``shift(subject, rows, cols)`` (N, V) added to the logits of open positions."""
+    out_BTV = seen.log_probs_BTV
+    block_BT = seen.routes.block_BT
+    for number in sorted(set(block_BT[block_BT >= 0].tolist())):
+        rows_N, cols_N = (block_BT == number).nonzero(as_tuple=True)
+        shift_NV = shift(seen.routes.subjects[number], rows_N, cols_N)
+        logits_NV = seen.log_probs_BTV[rows_N, cols_N] + shift_NV
+        out_BTV = out_BTV.index_put((rows_N, cols_N), logits_NV.log_softmax(-1))
+    return out_BTV
+
+
 class Laid(Generic[T]):
     """Blocks laid out for a device when first asked for; the last few are kept until the zone changes."""
 

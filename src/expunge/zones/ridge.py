@@ -21,7 +21,7 @@ from torch import Tensor
 from expunge.data.samples import Sample
 from expunge.errors import UserError
 from expunge.options import option
-from expunge.zones.context import KEY_UNIT, Laid, extract_states, prepare_context, query_keys, row_keys
+from expunge.zones.context import KEY_UNIT, Laid, extract_states, prepare_context, query_keys, row_keys, shifted
 from expunge.zones.fixed_point import exact_product
 from expunge.zones.linear_algebra import Doubles, solve_positive
 from expunge.zones.zone import Array, Block, FrozenBase, Public, Record, Row, Seen, Zone, zone
@@ -111,14 +111,7 @@ class Ridge(Zone):
         return targets_LC
 
     def adjust(self, seen: Seen) -> Tensor:
-        out_BTV = seen.log_probs_BTV
-        block_BT = seen.routes.block_BT
-        for number in sorted(set(block_BT[block_BT >= 0].tolist())):
-            rows_M, cols_M = (block_BT == number).nonzero(as_tuple=True)
-            shift_MV = self._shift(seen, seen.routes.subjects[number], rows_M, cols_M)
-            logits_MV = seen.log_probs_BTV[rows_M, cols_M] + shift_MV
-            out_BTV = out_BTV.index_put((rows_M, cols_M), logits_MV.log_softmax(-1))
-        return out_BTV
+        return shifted(seen, lambda subject, rows_M, cols_M: self._shift(seen, subject, rows_M, cols_M))
 
     @torch.no_grad()
     def _shift(self, seen: Seen, subject: str, rows_M: Tensor, cols_M: Tensor) -> Tensor:
