@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from expunge.bench.zones import check_zone, train_zone
 from expunge.certify import issue as _issue
 from expunge.certify import signing as _signing
 from expunge.certify import verify as _verify
+from expunge.certify.sections import read_sections
 from expunge.completeness import run as _completeness
 from expunge.data.samples import Dataset, Role
 from expunge.errors import UserError
@@ -40,7 +41,7 @@ from expunge.models.load import device_of
 from expunge.options import configure
 from expunge.progress import Progress
 from expunge.report import write_report
-from expunge.runs import Run
+from expunge.runs import Run, read_config
 from expunge.training.loop import TrainOptions
 
 Text = str | Path
@@ -515,6 +516,22 @@ DEMO = {
 def demo(out: Text = "runs/demo", *, seed: int = 0, quiet: bool = True) -> Result:
     """The main job on invented people, offline; see ``expunge demo --help``."""
     return bench(out, **DEMO, seed=seed, quiet=quiet, command="demo")  # type: ignore[arg-type]
+
+
+def collect_evidence(run: Text) -> tuple[str, ...]:
+    """Recompute what an ``unlearn`` run can bring forward for its certificate, from its data: near-duplicates, the
+    removal from a zone, what the models around it were trained on. The names of the sections, written to the run's
+    evidence.json; none when they are there already.
+
+    Raises:
+        UserError: the data is not there any more, or has changed.
+    """
+    from expunge.certify.collect import collect
+
+    if read_sections(Path(run)).duplicates is not None:
+        return ()
+    config, known = read_config(Path(run)), {f.name for f in fields(Request)}
+    return collect(run, Request(**{k: v for k, v in config.items() if k in known}).dataset())
 
 
 def either(model: Text | None, init: str | None) -> None:

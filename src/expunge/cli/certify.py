@@ -43,10 +43,14 @@ def command(
         Path | None,
         typer.Option("--oms-key", help="P-256 private key: the model is also signed by OpenSSF Model Signing."),
     ] = None,
+    collect: Annotated[
+        bool, typer.Option("--collect", help="First recompute evidence from the run's data, where it has none yet.")
+    ] = False,
     json: Json = False,
 ) -> int:
     """Sign what a run shows about its model: claims, evidence, and what is not claimed.
 
+    Claims of exactness need --collect: it looks for near-duplicates and computes the removal from a zone again.
     certificate.json, its keys of commitments and a page for people go into the run folder. Without --key it shows what
     would be signed. The exit code is 1 when nothing can be certified: the certificate then says so.
 
@@ -66,6 +70,10 @@ def command(
         disposal=disposals(disposal),
         timestamp=None if timestamp is None else token(timestamp),
     )
+    if collect:
+        from expunge.api import collect_evidence
+
+        collect_evidence(run)
     made = certify(run, key=key, model=model, out=out, request=given, oms_key=oms_key, days=days)
     places = {"certificate": made.certificate, "keys": made.keys, "page": made.page, "oms": made.oms}
     record = {k: v for k, v in places.items() if v is not None} | {"new": made.new, "verdict": made.verdict}
