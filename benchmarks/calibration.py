@@ -152,7 +152,7 @@ def measure(world: World, models: Models, kind: str, judges: str, count: int, wi
             found = answer_of(case_of(served, chosen, models.population, world), with_holdout)
             cells.append(Cell(t, draw, people, np.zeros(len(people)), shares(found)))
     statistics = {"share": lambda score_N, _: float(score_N.mean()) if score_N.size else float("nan")}
-    table = crossed(cells, statistics, resamples=300, seed=world.seed)
+    table = crossed(cells, statistics, resamples=100, seed=world.seed)
     row = {"served": kind, "judges": judges, "K": count, "holdout": with_holdout, "models": len(everyone)}
     return row | {"shares": {name: found["share"].record() for name, found in table.items()}}
 
@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--ks", default="2,4,8", help="numbers of judges, with commas")
     parser.add_argument("--epochs", type=float, default=12.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--data-set", nargs="*", default=[], metavar="KEY=VALUE", help="options of the dataset")
     parser.add_argument("--quick", action="store_true", help="the small sizes of the protocols")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
@@ -223,6 +224,7 @@ def main() -> None:
         given.out,
         ProtocolOptions(epochs=given.epochs),
         data_dir=given.data_dir,
+        data_options=dict(pair.split("=", 1) for pair in given.data_set),
         model=given.model,
         init=given.init,
         quick=given.quick,
@@ -240,6 +242,7 @@ def main() -> None:
     order = {judges: moved(world, models, judges, max(ks)) for judges in ("retrains", "shadows")}
     forget = models.retrains[0].forget
     facts: dict[str, Any] = {"data": given.data, "seed": given.seed, "epochs": given.epochs, "level": LEVEL}
+    facts |= {"shadow set": len(world.cut[0]), "shadow": len(world.part(0))}
     facts |= {"forget samples": len(forget), "forget subjects": len({s.subject for s in forget})}
     facts |= {
         "trained on": len(world.private) - len(forget),

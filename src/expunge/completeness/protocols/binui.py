@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from expunge.completeness.protocols.scores import ROWS, SCORING_ROWS, Case, Row, losses, scores_of
 from expunge.completeness.protocols.store import start_at
@@ -83,13 +85,23 @@ def binui(world: World) -> Outcome:
     measure(outcome, world, "retrained", targets, groups, halves=world.halves())
     describe(outcome, world, targets)
     for target in targets:
-        found = [Case(target, group, form=form_of(world)).answer.called() for group in groups]
+        answers = [Case(target, group, form=form_of(world)).answer for group in groups]
+        gone = target.truth_N == 0
         rates = {
-            "forgotten": float(np.nanmean([called_N[target.truth_N == 0] for called_N in found])),
-            "retained": float(np.nanmean([called_N[target.truth_N == 1] for called_N in found])),
+            "forgotten": _share([a.called()[gone] for a in answers]),
+            "retained": _share([a.called()[~gone] for a in answers]),
+            "forgotten, auditable or not": _share([a.p_under_N[gone] <= a.level for a in answers]),
+            "auditable": _share([a.auditable_N[gone] for a in answers]),
         }
         outcome.facts[f"{target.name}: share of its auditable samples with p <= 0.05"] = rates
     return outcome
+
+
+def _share(flags: Sequence[NDArray[Any]]) -> float:
+    """Mean over everything that is there; nan where nothing is."""
+    values = np.concatenate(flags).astype(np.float64)
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if values.size else float("nan")
 
 
 def scoring_functions(world: World) -> Outcome:
