@@ -23,7 +23,7 @@ from expunge.certify.sections import (
 from expunge.privacy_accounting import gaussian_mu
 
 A, B, C, D = ("a" * 64, "b" * 64, "c" * 64, "d" * 64)
-CLEAR = Clearance(finding="never-saw", sentence="by the manifests nothing was seen", records=3, links=2)
+CLEAR = Clearance(finding="never-saw", sentence="by the manifests nothing was seen", artefact=B, records=3, links=2)
 SEARCH = DuplicateSearch(searched=3, kept=40, pairs=0, open=0)
 
 
@@ -118,4 +118,5 @@ def edit(**changes: Any) -> Evidence:
 def zone(**sections: Any) -> Evidence:
     """A zone that did everything right: L0 and L1 stand."""
     clean: dict[str, Any] = {"removal": removal(), "provenance": CLEAR, "duplicates": SEARCH, "residual": residual()}
-    return Evidence(kind="zone", method="zone-store", before=A, after=B, sections=Sections(**(clean | sections)))
+    given = Sections(**(clean | sections))
+    return Evidence(kind="zone", method="zone-store", before=A, after=B, zone_digest=C, sections=given)

@@ -85,7 +85,7 @@ def case(removal: Any, private: Any = (), kept: Any = RETAIN, base_saw: Any = PU
         provenance=never_saw(removal.after, manifests, FORGET),
         duplicates=DuplicateSearch.model_validate(search),
     )
-    claims = assess(Evidence(kind="zone", method="zone-plain", sections=sections))
+    claims = assess(Evidence(kind="zone", method="zone-plain", zone_digest=removal.after, sections=sections))
     return {claim.level: claim.judged().verdict for claim in claims}
 
 
@@ -197,7 +197,7 @@ def test_an_exact_retraining_by_replay(tmp_path: Path) -> None:
     original, retrained = manifest(first, (*FORGET, *RETAIN)), manifest(second, RETAIN)
     found = of_training(original, retrained, FORGET, replayed=replay)
     sections = clean_zone(removal=found, residual=None, provenance=never_saw(second, [retrained], FORGET)).sections
-    claims = assess(Evidence(kind="retrain", method="retrain", sections=sections))
+    claims = assess(Evidence(kind="retrain", method="retrain", after=second, sections=sections))
     assert claims[0].judged().verdict == "certified" and "byte for byte" in claims[0].said()
     forged = of_training(original, retrained, FORGET, replayed=first)
     bad = assess(Evidence(kind="retrain", sections=sections.model_copy(update={"removal": forged})))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from claim_cases import CLEAR, SEARCH, A, B, at, edit, equivalence, removal, residual, zone
+from claim_cases import CLEAR, SEARCH, A, B, C, at, edit, equivalence, removal, residual, zone
 from expunge.certify.audits import one_run_loss
 from expunge.certify.canonical import canonical
 from expunge.certify.claims import EPSILON, Limits
@@ -85,6 +85,7 @@ def test_sections_are_added_and_read_back(tmp_path: Path) -> None:
     add_section(tmp_path, duplicates=SEARCH, residual=residual())
     assert read_sections(tmp_path) == zone().sections
     unlearn_run(tmp_path, method="zone-store")
+    write(tmp_path / "model" / "zone.json", {"digest": C})
     found = {c.level: c.judged().verdict for c in assess(Evidence.of_run(tmp_path))}
     assert (found["L0"], found["L1"]) == ("certified", "certified")
 

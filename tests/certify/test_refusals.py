@@ -63,6 +63,8 @@ SPOILED: list[tuple[str, Callable[[], Evidence], tuple[str, ...]]] = [
     ("wrong-records", lambda: zone(removal=removal(removed=(B, C))), LEVELS),
     ("wrong-records", lambda: zone(removal=removal(removed=(A, B, C))), LEVELS),
     ("wrong-records", lambda: zone(removal=removal(requested=())), LEVELS),
+    ("other-artefact", lambda: replace(zone(), zone_digest=A), FORMAL),
+    ("other-artefact", lambda: replace(zone(), after=C), FORMAL),
     ("private-statistics", lambda: zone(removal=removal(statistics="private")), FORMAL),
     ("batched-rows", lambda: zone(removal=removal(rows="batched")), FORMAL),
     ("base-changed", lambda: zone(removal=removal(base_after=A)), FORMAL),
@@ -91,6 +93,8 @@ def zone_unfinished() -> Evidence:
 DOUBTFUL: list[tuple[str, Callable[[], Evidence], tuple[str, ...]]] = [
     ("unfinished", lambda: edit(finished=False), LEVELS),
     ("unfinished", zone_unfinished, LEVELS),
+    ("unbound", lambda: replace(zone(), zone_digest=None), FORMAL),
+    ("unbound", lambda: zone(provenance=CLEAR.model_copy(update={"artefact": ""})), FORMAL),
     ("statistics-unknown", lambda: zone(removal=removal(statistics="unknown")), FORMAL),
     ("no-provenance", lambda: zone(provenance=None), FORMAL),
     ("no-provenance", lambda: zone(provenance=CLEAR.model_copy(update={"finding": "unknown"})), FORMAL),

@@ -58,6 +58,8 @@ def _of_zone_run(folder: Path, original: Path, dataset: Dataset, *, by_subject: 
     if not isinstance(old.model, ZonedModel) or not isinstance(new.model, ZonedModel):
         raise UserError(f"'{original}' or '{folder / 'model'}' holds no zone: nothing can be compared.")
     before, after = seen_before(old.model.zone), new.model.zone
+    if old.model.zone.sealed or after.sealed:
+        raise UserError("blocks of the zone are closed: give the key files of both zones, or nothing can be compared.")
     base = FrozenBase(new.model.base, new.adapter)
     owners = shared_owners(dataset.private)
     requested = _requested(dataset, owners, by_subject)

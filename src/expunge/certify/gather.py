@@ -100,8 +100,8 @@ class Losses:
 class Evidence:
     """What there is to claim from.
 
-    ``kind``: how the model came about. ``before``, ``after``: digests of the model. ``scores``: the audit's attacks,
-    without the kept rows.
+    ``kind``: how the model came about. ``before``, ``after``: digests of the model. ``zone_digest``: of its zone, as
+    the model folder itself says. ``scores``: the audit's attacks, without the kept rows.
     """
 
     kind: Kind = "unknown"
@@ -110,6 +110,7 @@ class Evidence:
     finished: bool = True
     before: str = ""
     after: str = ""
+    zone_digest: str | None = None
     parameters_changed: int | None = None
     sections: Sections = field(default_factory=Sections)
     scores: tuple[Score, ...] = ()
@@ -151,6 +152,7 @@ class Evidence:
             finished=run.get("status", "done") == "done" and made.get("status", "done") == "done",
             before=before,
             after=after,
+            zone_digest=_object((_audited(place) if audited else place / "model") / "zone.json").get("digest"),
             parameters_changed=made.get("parameters_changed"),
             sections=_with_distance(sections, samples, row, _references(results)),
             scores=scores,
@@ -195,11 +197,14 @@ def _options(folder: Path) -> dict[str, Any]:
     return dict(options) if isinstance(options, dict) else {}
 
 
+def _audited(audit: Path) -> Path:
+    return Path(str(_options(audit).get("model") or audit / "model")).expanduser().resolve()
+
+
 def _maker(audit: Path, digest: str) -> Path | None:
     """The run that wrote the audited model, when it stands around it and says that it wrote these very files."""
-    model = _options(audit).get("model")
-    folder = Path(str(model)).expanduser().resolve().parent if model else None
-    if folder is None or not (folder / "run.json").is_file():
+    folder = _audited(audit).parent
+    if not (folder / "run.json").is_file():
         return None
     return folder if (_object(folder / "run.json").get("digests") or {}).get("output.model") == digest else None
 

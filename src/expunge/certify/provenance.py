@@ -18,7 +18,7 @@ import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -84,6 +84,7 @@ class Clearance(Frozen):
 
     finding: Finding
     sentence: str
+    artefact: str = Field(default="", description="digest of what was asked about")
     records: int = 0
     links: int = 0
     manifests: tuple[str, ...] = ()
@@ -207,7 +208,14 @@ def never_saw(artefact: str, manifests: Sequence[Manifest], records: Sequence[Sa
     read = tuple(by_artefact[d].digest() for d in chain if d in by_artefact)
 
     def answer(finding: Finding, sentence: str) -> Clearance:
-        return Clearance(finding=finding, sentence=sentence, records=len(records), links=len(chain), manifests=read)
+        return Clearance(
+            finding=finding,
+            sentence=sentence,
+            artefact=artefact,
+            records=len(records),
+            links=len(chain),
+            manifests=read,
+        )
 
     for digest in chain:
         own = by_artefact.get(digest)
@@ -254,8 +262,3 @@ def _missing(digest: str, manifest: Manifest | None) -> str:
         return f"nothing is known of what the {blind[0]} of the {manifest.kind} {digest[:12]} was fitted on"
     needed = [name for name in PARTS if manifest.kind == "zone" and name not in manifest.parts]
     return f"the manifest of the zone {digest[:12]} does not name its {needed[0]}" if needed else ""
-
-
-def as_evidence(clearance: Clearance) -> dict[str, Any]:
-    """For the evidence of a claim: no record, no name, digests of manifests alone."""
-    return clearance.model_dump(mode="json")

@@ -160,6 +160,26 @@ def _wrong_records(e: Evidence) -> str | None:
     return None
 
 
+def _other_artefact(e: Evidence) -> str | None:
+    """Evidence must be about the very model that is released: files of another run are not taken."""
+    removal, found = e.sections.removal, e.sections.provenance
+    own = {"zone": e.zone_digest, "retrain": e.after}.get(e.kind)
+    if removal is not None and own and removal.after != own:
+        return "the digests of the removal are those of another model."
+    if found is not None and e.after and found.artefact and found.artefact != e.after:
+        return "the chain of manifests is that of another model."
+    return None
+
+
+def _unbound(e: Evidence) -> str | None:
+    removal, found = e.sections.removal, e.sections.provenance
+    if removal is not None and e.kind == "zone" and not e.zone_digest:
+        return "nothing ties the digests of the removal to the released model."
+    if found is not None and e.after and not found.artefact:
+        return "nothing ties the chain of manifests to the released model."
+    return None
+
+
 def _private_statistics(e: Evidence) -> str | None:
     removal = e.sections.removal
     if removal is not None and removal.statistics == "private":
@@ -256,6 +276,7 @@ RULES: tuple[tuple[str, tuple[Level, ...], Weight, Rule], ...] = (
     ("over-unlearned", EVIDENCE_LEVELS, "refuted", _over),
     ("under-unlearned", LEVELS, "refuted", _under),
     ("wrong-records", LEVELS, "refuted", _wrong_records),
+    ("other-artefact", FORMAL, "refuted", _other_artefact),
     ("private-statistics", FORMAL, "refuted", _private_statistics),
     ("batched-rows", FORMAL, "refuted", _batched_rows),
     ("base-changed", FORMAL, "refuted", _moved_base),
@@ -266,6 +287,7 @@ RULES: tuple[tuple[str, tuple[Level, ...], Weight, Rule], ...] = (
     ("near-duplicates", EVIDENCE_LEVELS, "flagged", _duplicates),
     ("hidden-only", ("L2", "L3", "L4"), "flagged", _hidden_only),
     ("unfinished", LEVELS, "unsupported", _unfinished),
+    ("unbound", FORMAL, "unsupported", _unbound),
     ("statistics-unknown", FORMAL, "unsupported", _unknown_statistics),
     ("no-provenance", FORMAL, "unsupported", _no_provenance),
     ("no-duplicate-search", FORMAL, "unsupported", _no_duplicates),
