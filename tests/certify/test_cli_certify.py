@@ -52,6 +52,8 @@ def test_the_whole_way(place: Path, capsys: Captured) -> None:
     assert expunge("verify", run / "certificate.json", "--pub", place / "signing.pub.pem", "--require", "L4") == 0
     said = capsys.readouterr().out
     assert "the model is the certified one" in said and "Nothing is refuted: 4 holds" in said
+    assert expunge("verify", run / "certificate.json") == 0
+    assert "who signed: the key lies beside the certificate" in capsys.readouterr().out
     assert expunge("verify", run / "certificate.json", "--pub", place / "auditor.pub.pem") == 1
     assert "REFUTED" in capsys.readouterr().out
     (run / "model" / "config.json").write_text("{}")
@@ -194,7 +196,7 @@ def test_the_real_claims_of_a_bare_run_are_refused_with_exit_code_1(tmp_path: Pa
         ("certify signing.pem --key signing.pem --out x.json", "cannot be signed"),
         ("verify nowhere.json --pub signing.pub.pem", "cannot be read"),
         ("verify run/run.json --pub signing.pub.pem", "canonical"),
-        ("verify run/certificate.json", "without a public key"),
+        ("verify alone.json", "without a public key"),
         ("verify run/certificate.json --pub signing.pem", "is a private key"),
         ("verify run/certificate.json --pub signing.pub.pem --model nowhere", "is no folder"),
         ("verify run/certificate.json --pub signing.pub.pem --require L6", "unknown level"),
@@ -208,8 +210,9 @@ def test_the_real_claims_of_a_bare_run_are_refused_with_exit_code_1(tmp_path: Pa
 def test_wrong_input(arguments: str, word: str, place: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     write_model(place / "other", seed=9)
-    if arguments.startswith("verify run/certificate"):
+    if arguments.startswith("verify"):
         expunge("certify", "run", "--key", "signing.pem")
+        shutil.copy("run/certificate.json", "alone.json")
         capsys.readouterr()
     before = sorted(place.rglob("*"))
     assert expunge(*arguments.split()) == 2

@@ -54,6 +54,9 @@ def test_a_key_is_never_overwritten(tmp_path: Path) -> None:
     assert len(before) > 100 and not (tmp_path / "nowhere").exists()
     with pytest.raises(UserError, match="at least 1"):
         keygen(tmp_path / "new.pem", days=0)
+    with pytest.raises(UserError, match="name of a public key"):
+        keygen(tmp_path / "new.pub.pem")
+    assert keygen(tmp_path / "bare").public.name == "bare.pub.pem"
 
 
 def test_expired_keys_do_not_sign(tmp_path: Path) -> None:
@@ -90,6 +93,8 @@ def test_other_files_are_no_keys(tmp_path: Path) -> None:
         "empty": b"",
         "rsa.pub": rsa_key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo),
         "late": b"Expires: tomorrow\n" + made.public.read_bytes(),
+        "after": made.public.read_bytes() + b"expires: 2020-01-01\n",
+        "two": made.public.read_bytes() * 2,
         "twice": b"Expires: 2026-01-01T00:00:00Z\nExpires: 2036-01-01T00:00:00Z\n" + made.public.read_bytes(),
     }
     for name, content in files.items():
@@ -103,7 +108,8 @@ def test_other_files_are_no_keys(tmp_path: Path) -> None:
             private_key(tmp_path / name)
     for name, word in {
         "signing.pem": "private key", "rsa.pub": "signed with Ed25519", "text": "no PEM public key",
-        "late": "a time like", "twice": "one is allowed", "missing": "cannot be read", ".": "cannot be read",
+        "late": "a time like", "twice": "one is allowed", "after": "a time like", "two": "several keys",
+        "missing": "cannot be read", ".": "cannot be read",
     }.items():  # fmt: skip
         with pytest.raises(UserError, match=word):
             public_key(tmp_path / name)

@@ -97,6 +97,16 @@ def test_wrong_and_expired_keys(case: dict[str, Path], tmp_path: Path) -> None:
         checked(case, pub=[])
 
 
+def test_the_key_beside_the_certificate_shows_damage_and_not_who_signed(case: dict[str, Path]) -> None:
+    beside = public(case["run"], KEY, "certificate.pub.pem")
+    found = checked(case, pub=[])
+    assert found.code == 0 and [f.state for f in found.findings][:2] == ["holds", "not checked"]
+    assert "who signed: the key lies beside the certificate" in found.text()
+    assert "who signed" not in checked(case).text()
+    beside.write_bytes(case["other"].read_bytes())
+    assert "no signature is by key" in refuted(checked(case, pub=[]))
+
+
 def test_several_signatures(case: dict[str, Path]) -> None:
     content = statement(case["run"])
     case["certificate"].write_bytes(sign(content, KEY, OTHER))

@@ -20,13 +20,13 @@ from expunge.certify.levels import assess
 from expunge.certify.oms import elliptic_key
 from expunge.certify.page import page
 from expunge.certify.privacy import refuse_personal
-from expunge.certify.signing import cosign, envelope, private_key
+from expunge.certify.signing import PUBLIC, cosign, envelope, private_key, public_pem
 from expunge.certify.statement import Request, build
 from expunge.certify.vendored import Unreadable, check_statement, load, read_envelope, read_statement, read_time
 from expunge.errors import UserError
 from expunge.files import SCRATCH, write_text
 
-CERTIFICATE, KEYS, PAGE, OMS = "certificate.json", ".keys.json", ".html", ".sig"
+CERTIFICATE, KEYS, PAGE, OMS = "certificate.json", ".keys.json", ".html", ".sig"  # and PUBLIC, the signer's key
 DAYS = 365  # for which a certificate is valid: attacks get better, and evidence gets old
 
 
@@ -64,10 +64,11 @@ def certify(
 ) -> Issued:
     """Sign what a finished run shows about its model; without ``key`` say only what would be signed.
 
-    ``certificate.json`` and beside it ``certificate.keys.json`` (the keys of its commitments, for the signer alone)
-    and ``certificate.html`` go into the run folder, or to ``out``. The same call on the same run gives the same
-    bytes, and changes nothing. With ``oms_key`` the model gets a signature by OpenSSF Model Signing too, in
-    ``certificate.sig``. A ``run`` that is itself a certificate gets one more signature; it goes to ``out``.
+    ``certificate.json`` and beside it ``certificate.keys.json`` (the keys of its commitments, for the signer alone),
+    ``certificate.html`` and the public key ``certificate.pub.pem`` go into the run folder, or to ``out``. The same
+    call on the same run gives the same bytes, and changes nothing. With ``oms_key`` the model gets a signature by
+    OpenSSF Model Signing too, in ``certificate.sig``. A ``run`` that is itself a certificate gets one more signature;
+    it goes to ``out``.
 
     Raises:
         UserError: the run, model or key is not fit for it, or another certificate is there already.
@@ -102,6 +103,7 @@ def certify(
     released = None if elliptic is None else _release(target.with_suffix(OMS), statement, elliptic)
     if there is None:
         _place(target, certificate)
+    write_text(target.with_suffix(PUBLIC), public_pem(signer.public).decode())
     return Issued(statement, target, secret, _written_page(target, statement), released, new=there is None)
 
 

@@ -36,7 +36,7 @@ from expunge.certify.vendored import (
 )
 from expunge.errors import UserError
 
-PUBLIC = ".pub"  # ends the name of the public file: signing.pem -> signing.pub.pem
+PUBLIC = ".pub.pem"  # ends the name of the public file: signing.pem -> signing.pub.pem
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def stamp(time: datetime) -> str:
 
 
 def keygen(out: Path | str, *, days: int | None = None, now: datetime | None = None) -> Keypair:
-    """Write a new Ed25519 key pair: ``out`` (mode 0600) and ``out`` with ``.pub`` before its suffix.
+    """Write a new Ed25519 key pair: ``out`` (mode 0600), and the public key in ``out`` with suffix ``.pub.pem``.
 
     Args:
         days: after how many days the key expires; None for never.
@@ -80,24 +80,33 @@ def keygen(out: Path | str, *, days: int | None = None, now: datetime | None = N
         UserError: one of the files exists (a key is never overwritten), or cannot be written.
     """
     private = Path(out)
-    public = private.with_name(f"{private.stem}{PUBLIC}{private.suffix or '.pem'}")
+    public = private.with_suffix(PUBLIC)
+    if private.name.endswith(PUBLIC):
+        raise UserError(f"--out '{out}' has the name of a public key: choose one like signing.pem.")
     if days is not None and days < 1:
         raise UserError(f"a key that expires after {days} days signs nothing: give at least 1.")
     for path in (private, public):
         if path.exists() or path.is_symlink():
             raise UserError(f"'{path}' exists, and a key is never overwritten: choose another --out.")
     expires = None if days is None else (now or datetime.now(UTC)) + timedelta(days=days)
-    head = b"" if expires is None else f"Expires: {stamp(expires)}\n".encode()
     key = Ed25519PrivateKey.generate()
     secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    known = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     try:
         private.parent.mkdir(parents=True, exist_ok=True)
-        write_new(private, head + secret, 0o600)
-        write_new(public, head + known, 0o644)
+        write_new(private, _head(expires) + secret, 0o600)
+        write_new(public, public_pem(PublicKey(key.public_key(), expires)), 0o644)
     except OSError as error:
         raise UserError(f"'{private}' cannot be written ({error.strerror}): choose another --out.") from error
     return Keypair(private, public, key_id(key.public_key()), expires)
+
+
+def _head(expires: datetime | None) -> bytes:
+    return b"" if expires is None else f"Expires: {stamp(expires)}\n".encode()
+
+
+def public_pem(key: PublicKey) -> bytes:
+    """The content of a public key's file."""
+    return _head(key.expires) + key.key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 def write_new(path: Path, data: bytes, mode: int) -> None:

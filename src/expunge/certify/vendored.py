@@ -204,8 +204,9 @@ def read_public_key(pem: bytes, what: str = "the key") -> PublicKey:
 
 def read_expiry(pem: bytes, what: str = "the key") -> datetime | None:
     """The time in the ``Expires:`` line of a PEM file, or None if there is none."""
-    before = pem.partition(b"-----BEGIN")[0].decode("utf-8", "replace")
-    found = re.findall(r"^Expires:[ \t]*(.*?)[ \t\r]*$", before, re.MULTILINE)
+    text = pem.decode("utf-8", "replace")
+    need(text.count("-----BEGIN") < 2, f"{what} holds several keys: give one file for each.")
+    found = re.findall(r"^\s*Expires:[ \t]*(.*?)[ \t\r]*$", text, re.MULTILINE | re.IGNORECASE)
     need(len(found) < 2, f"{what} has {len(found)} Expires lines: one is allowed.")
     return read_time(found[0], f"the expiry of {what}") if found else None
 

@@ -15,7 +15,6 @@ from expunge.certify.statement import commit_request
 from expunge.certify.vendored import (
     LEVELS,
     Finding,
-    PublicKey,
     Unreadable,
     check,
     exit_code,
@@ -26,6 +25,11 @@ from expunge.certify.vendored import (
 )
 from expunge.errors import UserError, unknown
 from expunge.files import digest_file
+
+UNKNOWN_SIGNER = (
+    "who signed: the key lies beside the certificate, and whoever changes one can change both; give --pub with the "
+    "key that the signer gave you."
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ def verify(
     """Check a certificate offline.
 
     Args:
-        pub: PEM public keys of those who must have signed, from them and not from beside the certificate.
+        pub: PEM public keys of those who must have signed, as they gave them to you. Without any the one beside the
+            certificate is taken, which shows damage, and not who signed.
         model: folder of the model; without it the folder ``model`` beside the certificate, if there is one.
         run: run folder whose files are compared with the commitments; needs ``commitments``.
         commitments: the file of keys that ``certify`` wrote.
@@ -86,16 +91,19 @@ def verify(
         raise unknown("level", require, LEVELS)
     if (run is None) != (commitments is None):
         raise UserError("--run and --commitments belong together: the run's files, and the keys to compare them by.")
-    if not pub:
+    own = path.with_suffix(PUBLIC)
+    if not pub and not own.is_file():
         raise UserError(
-            f"without a public key nothing can be checked: give --pub with the {PUBLIC}.pem that the signer gave you."
+            "without a public key nothing can be checked: give --pub with the one that the signer gave you."
         )
-    keys: list[PublicKey] = [public_key(p) for p in pub]
+    keys = [public_key(p) for p in pub or [own]]
     beside = path.parent / "model"
     folder = Path(model) if model is not None else beside if beside.is_dir() else None
     try:
         data = load(path)
         found = check(data, keys, folder, now=now, threshold=threshold)
+        if not pub:
+            found.insert(1, Finding("not checked", UNKNOWN_SIGNER))
         trusted = any(f.state == "holds" for f in found)
         statement = read_statement(read_envelope(data).payload) if trusted else None
     except Unreadable as error:

@@ -16,7 +16,7 @@ def command(
         Path | None, typer.Option("--model", "-m", help="Folder of the model; 'model' beside the certificate, if none.")
     ] = None,
     pub: Annotated[
-        list[Path] | None, typer.Option("--pub", help="Public key (PEM) of whoever must have signed; repeat for more.")
+        list[Path] | None, typer.Option("--pub", help="Public key of whoever must have signed; repeat for more.")
     ] = None,
     threshold: Annotated[
         int | None, typer.Option("--threshold", help="How many of the keys must have signed; all, if not given.")
@@ -32,6 +32,7 @@ def command(
 ) -> int:
     """Check a certificate offline: what holds, what is refuted, what could not be checked.
 
+    Without --pub the key beside the certificate is taken: it shows damage, and not who signed.
     The exit code is 0 when nothing is refuted, 1 when something is, 2 when it cannot be read.
 
     Examples:
