@@ -39,6 +39,7 @@ class Person:
     asked_MC: Tensor
     right_MR: Tensor  # the row is of the record that is asked about, and has the token to be predicted
     bag_MR: Tensor  # cosine of the bags
+    tail_MR: Tensor
 
 
 def plain_map(width: int, layers: int) -> Array:
@@ -52,15 +53,17 @@ def plain_map(width: int, layers: int) -> Array:
     return found
 
 
-def fit_metric(trial: Store, base: FrozenBase, made: Surrogates, seed: int) -> tuple[Array, float, float]:
-    """(map (C, K) float32, weight of the bag, sharpness); the trial store's own where nothing can be learnt."""
+def fit_metric(trial: Store, base: FrozenBase, made: Surrogates, seed: int) -> tuple[Array, dict[str, float]]:
+    """Map (C, K) float32, beta and sharpness; the trial store's own where nothing can be learnt."""
     start_CK = torch.from_numpy(trial.public.arrays["map"])
-    beta, sharpness = trial.options.beta, trial.options.sharpness
+    names = ("beta", "sharpness")
+    gamma = float(trial.public.constants["gamma"])
+    start_2 = [float(trial.public.constants[n]) for n in names]
     people = [p for who in sorted({s.subject for s in made.stored}) if (p := _person(trial, base, made, who))]
     if not people:
-        return trial.public.arrays["map"], beta, sharpness
+        return trial.public.arrays["map"], dict(zip(names, start_2, strict=True))
     map_CK = start_CK.clone().requires_grad_(True)
-    logs_2 = torch.tensor([beta, sharpness]).log().requires_grad_(True)
+    logs_2 = torch.tensor(start_2).clamp_min(1e-3).log().requires_grad_(True)
     optimizer = torch.optim.Adam([map_CK, logs_2], lr=RATE)
     order = torch.Generator().manual_seed(seed)
     total = EPOCHS * len(people)
@@ -69,26 +72,27 @@ def fit_metric(trial: Store, base: FrozenBase, made: Surrogates, seed: int) -> t
             if turn % len(people) == 0:
                 queue = torch.randperm(len(people), generator=order).tolist()
             optimizer.param_groups[0]["lr"] = RATE * (1 - turn / total)
-            beta_1, sharpness_1 = logs_2.exp()
-            loss = _loss(people[queue[turn % len(people)]], map_CK, beta_1, sharpness_1)
+            loss = _loss(people[queue[turn % len(people)]], map_CK, *logs_2.exp(), gamma)
             loss = loss + PULL * (map_CK - start_CK).square().sum()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     learnt = logs_2.detach().exp().tolist()
-    return np.ascontiguousarray(map_CK.detach().numpy()), float(learnt[0]), float(learnt[1])
+    return np.ascontiguousarray(map_CK.detach().numpy()), dict(zip(names, map(float, learnt), strict=True))
 
 
-def _loss(person: Person, map_CK: Tensor, beta_1: Tensor, sharpness_1: Tensor) -> Tensor:
+def _loss(person: Person, map_CK: Tensor, beta_1: Tensor, sharpness_1: Tensor, gamma: float) -> Tensor:
     """Mean of -ln of the votes for the right rows, floored."""
     keys_RK = torch.nn.functional.normalize(person.rows_RC @ map_CK, dim=1)
     asked_MK = torch.nn.functional.normalize(person.asked_MC @ map_CK, dim=1)
-    score_MR = asked_MK @ keys_RK.T + beta_1 * person.bag_MR
+    score_MR = asked_MK @ keys_RK.T + beta_1 * person.bag_MR + gamma * person.tail_MR
     votes_M = ((sharpness_1 * score_MR).softmax(1) * person.right_MR).sum(1)
     return -votes_M.clamp_min(1e-4).log().mean()
 
 
 def _person(trial: Store, base: FrozenBase, made: Surrogates, who: str) -> Person | None:
+    from expunge.zones.store import same_tail
+
     samples = [s for s in made.stored if s.subject == who]
     asked = [(n, s.as_probe(p, i)) for n, s in enumerate(samples) for i, p in enumerate(s.probes_of("paraphrase"))]
     if not asked:
@@ -102,7 +106,14 @@ def _person(trial: Store, base: FrozenBase, made: Surrogates, who: str) -> Perso
         torch.from_numpy(np.concatenate([trial.states(r, base) for _, r in queries])),
         torch.from_numpy((query_M2[:, None] == row_R2[None]).all(2)),
         torch.from_numpy(query_bags_MV @ row_bags_RV.T),
+        same_tail(_tails(queries), _tails(rows)),
     )
+
+
+def _tails(records: Sequence[tuple[int, Record]]) -> Tensor:
+    from expunge.zones.store import tail_of
+
+    return torch.from_numpy(np.array([tail_of(r.ids[:end]) for _, r in records for end in range(r.first, len(r.ids))]))
 
 
 def _stacked(records: Sequence[tuple[int, Record]], trial: Store) -> tuple[Array, Array]:

@@ -1,9 +1,12 @@
 """Kind ``store``: a datastore of (hidden state → next token), read by nearest neighbours of the routed subject alone.
 
 After kNN-LM (Khandelwal et al. 2020, arXiv:1911.00172), with what makes removal exact: each record is passed alone,
-keys are rounded to int8 with public mean and deviation, and one flat list per subject is all there is (no graph or
-quantiser that was trained on private keys). A neighbour's score is cos(key) + beta · cos(bag): the bag is the set of
-rare tokens in the last :data:`WINDOW` tokens, so that a question in other words still finds its record.
+keys are rounded to int8 after a public standardisation and map, and one flat list per subject is all there is (no graph
+or quantiser that was trained on private keys).
+
+A neighbour's score is cos(key) + beta · cos(bag) + gamma · tail. The bag is the set of rare tokens in the last
+:data:`WINDOW` tokens, so that a question in other words still finds its record. The tail is the share of the last
+:data:`TAIL` tokens that are the same without a gap, so that a text is followed where it was left.
 
 Shape suffixes: M open positions, R rows of a subject, K neighbours, D hidden width, C rare tokens of a subject,
 V vocabulary, F features.
@@ -32,6 +35,7 @@ from expunge.zones.zone import Array, Block, FrozenBase, Public, Record, Seen, Z
 
 DEPTHS = (0.5, 0.75, 1.0)  # of the layers whose states make a key
 WINDOW = 64  # tokens of a bag
+TAIL = 4  # tokens that are compared one by one
 KEPT = 32  # subjects whose index stays in memory
 
 
@@ -41,6 +45,7 @@ class StoreOptions:
 
     neighbours: int = option(16, "nearest rows that vote")
     beta: float = option(1.0, "weight of the bag of rare tokens beside the key, before it is learnt")
+    gamma: float = option(0.05, "weight of the tail; more holds generation to the record that it has begun with")
     sharpness: float = option(15.0, "votes are softmax(sharpness · score), before it is learnt")
     learn: bool = option(True, "learn the key metric on public paraphrases, where there are any")
     false_open: float = option(0.01, "share of public texts that may open a block, in calibration")
@@ -53,6 +58,7 @@ class Index:
     keys_RK: Tensor  # unit length
     values_R: Tensor
     bags_RC: Tensor  # idf² / length where the row's bag has the token
+    tails_RT: Tensor  # last tokens before the row's own, the nearest first; -1 before the beginning
     column_V: Tensor  # token -> column, -1 for tokens that the subject's records lack
 
 
@@ -61,7 +67,7 @@ class Votes:
     """What the neighbours say at M positions: ``probs_MV`` over tokens, and features of how sure they are."""
 
     probs_MV: Tensor
-    top_M: Tensor  # best score, as a share of the largest possible 1 + beta
+    top_M: Tensor  # best score, as a share of the largest possible
     key_M: Tensor  # cosine of the best neighbour's key
 
 
@@ -86,11 +92,12 @@ class Store(Zone):
         plain_CK = plain_map(mean_LD.shape[1], len(layers))
         arrays |= {"mean": mean_LD.ravel(), "deviation": deviation_LD.ravel(), "map": plain_CK}
         fixed: dict[str, Any] = {**constants, "layers": layers, "surrogates_renamed": made.renamed}
-        fixed |= {"beta": options.beta, "sharpness": options.sharpness}
+        fixed |= {"beta": options.beta, "gamma": options.gamma, "sharpness": options.sharpness}
         # The trial store holds surrogates only, so its own list of public texts is left empty.
         trial = cls(options, Public(arrays=arrays, constants=fixed, texts=frozenset()), "", "00")
         if options.learn:
-            arrays["map"], fixed["beta"], fixed["sharpness"] = fit_metric(trial, base, made, seed)
+            arrays["map"], learnt = fit_metric(trial, base, made, seed)
+            fixed |= learnt
         trial.add([trial.record(s, base.adapter) for s in made.stored], base)
         arrays |= fit_mixer(trial, base, made, seed)
         return Public(arrays=arrays, constants=fixed, texts=frozenset(s.digest() for s in public))
@@ -134,30 +141,35 @@ class Store(Zone):
         mean_C, deviation_C, map_CK = (self._public(n, device) for n in ("mean", "deviation", "map"))
         keys_MK = torch.nn.functional.normalize((states_MC - mean_C) / deviation_C @ map_CK, dim=1)
         cosine_MR = keys_MK @ index.keys_RK.T
-        beta, sharpness = self.public.constants["beta"], self.public.constants["sharpness"]
-        score_MR = cosine_MR + beta * (self._asked(seen, index, rows_M, cols_M) @ index.bags_RC.T)
+        beta, gamma, sharpness = (self.public.constants[n] for n in ("beta", "gamma", "sharpness"))
+        bags_MC, tails_MT = self._asked(seen, index, rows_M, cols_M)
+        score_MR = cosine_MR + beta * (bags_MC @ index.bags_RC.T) + gamma * same_tail(tails_MT, index.tails_RT)
         top_MK, place_MK = score_MR.topk(min(self.options.neighbours, len(index.values_R)), dim=1)
         weight_MK = (sharpness * top_MK).softmax(1)
         probs_MV = weight_MK.new_zeros(len(weight_MK), seen.log_probs_BTV.shape[2])
         probs_MV.scatter_add_(1, index.values_R[place_MK], weight_MK)
         best_M = place_MK[:, 0]
-        return Votes(probs_MV, top_MK[:, 0] / (1 + beta), cosine_MR.gather(1, best_M[:, None])[:, 0])
+        return Votes(probs_MV, top_MK[:, 0] / (1 + beta + gamma), cosine_MR.gather(1, best_M[:, None])[:, 0])
 
-    def _asked(self, seen: Seen, index: Index, rows_M: Tensor, cols_M: Tensor) -> Tensor:
-        """Bags of the query positions over the subject's tokens, (M, C), divided by the length of the whole bag."""
+    def _asked(self, seen: Seen, index: Index, rows_M: Tensor, cols_M: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the query positions, bags over the subject's tokens (M, C), divided by the length of the whole bag, and
+        tails (M, T)."""
         idf_V = self.public.arrays["idf"]
         ids_BS, mask_BS = seen.ids_BS.cpu().numpy(), seen.mask_BS.cpu().numpy().astype(bool)
         column_V = index.column_V.numpy()
         before = ids_BS.shape[1] - seen.log_probs_BTV.shape[1]
         asked_MC = np.zeros((len(rows_M), index.bags_RC.shape[1]), dtype=np.float32)
+        tails_MT = np.full((len(rows_M), TAIL), -2, dtype=np.int64)
         for m, (b, t) in enumerate(zip(rows_M.tolist(), cols_M.tolist(), strict=True)):
             line = ids_BS[b, : before + t + 1][mask_BS[b, : before + t + 1]]
+            tails_MT[m, : min(TAIL, len(line))] = line[: -TAIL - 1 : -1]
             bag = np.unique(line[-WINDOW:])
             bag = bag[bag >= 0]
             columns = column_V[bag]
             length = float(np.square(idf_V[bag], dtype=np.float64).sum()) ** 0.5
             asked_MC[m, columns[columns >= 0]] = 1 / max(length, 1e-6)
-        return torch.from_numpy(asked_MC).to(index.bags_RC.device)
+        device = index.bags_RC.device
+        return torch.from_numpy(asked_MC).to(device), torch.from_numpy(tails_MT).to(device)
 
     # -- search structures, built when first asked for -----------------------------------------------------------------
 
@@ -181,7 +193,7 @@ class Store(Zone):
         tokens = tokens[idf_V[tokens] > 0]
         column_V = np.full(len(idf_V), -1, dtype=np.int64)
         column_V[tokens] = np.arange(len(tokens))
-        bags = []
+        bags, tails = [], []
         for row in rows:
             for end in range(row.record.first, len(row.record.ids)):
                 bag = np.unique(np.array(row.record.ids[max(0, end - WINDOW) : end], dtype=np.int64))
@@ -190,17 +202,35 @@ class Store(Zone):
                 here = column_V[bag] >= 0
                 line_C[column_V[bag[here]]] = weight[here] / max(float(weight.sum()) ** 0.5, 1e-6)
                 bags.append(line_C)
+                tails.append(tail_of(row.record.ids[:end]))
         keys_RK = torch.from_numpy(np.concatenate([r.tensors["keys"] for r in rows]).astype(np.float32))
         values_R = torch.from_numpy(np.concatenate([r.tensors["values"] for r in rows]).astype(np.int64))
         return Index(
             torch.nn.functional.normalize(keys_RK, dim=1).to(device),
             values_R.to(device),
             torch.from_numpy(np.array(bags)).to(device),
+            torch.from_numpy(np.array(tails)).to(device),
             torch.from_numpy(column_V),
         )
 
     def _public(self, name: str, device: torch.device) -> Tensor:
         return torch.from_numpy(self.public.arrays[name]).to(device)
+
+
+def tail_of(ids: Sequence[int]) -> Array:
+    """The last :data:`TAIL` ids, the nearest first; -1 where there are fewer."""
+    last = list(ids[: -TAIL - 1 : -1])
+    return np.array(last + [-1] * (TAIL - len(last)), dtype=np.int64)
+
+
+def same_tail(asked_MT: Tensor, stored_RT: Tensor) -> Tensor:
+    """Share of the tail that is the same, counted from its end without a gap: (M, R)."""
+    same_MR = torch.ones(len(asked_MT), len(stored_RT), dtype=torch.bool, device=asked_MT.device)
+    total_MR = torch.zeros(same_MR.shape, device=asked_MT.device)
+    for t in range(TAIL):
+        same_MR = same_MR & (asked_MT[:, t, None] == stored_RT[None, :, t])
+        total_MR += same_MR
+    return total_MR / TAIL
 
 
 def features(votes: Votes, base_MV: Tensor) -> Tensor:
