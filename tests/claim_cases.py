@@ -41,7 +41,7 @@ def residual(**changes: Any) -> Residual:
     """σ for (1, 1e-5) exactly: μ = .26805."""
     clean: dict[str, Any] = {"residual": 1e-10, "reference_residual": 2e-10, "tolerance": 1e-9}
     clean |= {"reference_tolerance": 1e-9, "strong_convexity": 0.03, "noise": 2e-9 / (0.03 * gaussian_mu(1.0, 1e-5))}
-    return Residual(**(clean | {"logit_noise": 1e-3, "delta": 1e-5} | changes))
+    return Residual(**(clean | {"logit_noise": 1e-3, "delta": 1e-5, "artefact": C} | changes))
 
 
 def equivalence(gap: float = 0.0, runs: int = 12, kept_gap: float = 0.0, fixed: int = 1) -> Equivalence:

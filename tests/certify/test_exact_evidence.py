@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from claim_cases import zone as clean_zone
-from expunge.certify.exact import of_training, of_zone, seen_before
+from expunge.certify.exact import of_residual, of_training, of_zone, seen_before
+from expunge.certify.formal import Indistinguishable
 from expunge.certify.gather import Evidence
 from expunge.certify.levels import assess
 from expunge.certify.provenance import PARTS, describe, fitted, never_saw
@@ -23,6 +24,7 @@ from expunge.data.samples import Sample
 from expunge.errors import UserError
 from expunge.files import digest_folder
 from expunge.training.loop import TrainOptions, fit
+from expunge.zones.residual import ResidualCertificate, residual_certificate
 from expunge.zones.zone import Array, FrozenBase, Public, Record, Seen, Zone
 from tiny_text import tiny_adapter, tiny_dataset, tiny_model
 
@@ -180,6 +182,27 @@ def test_missing_looks_leave_the_claim_open() -> None:
     assert case(of_zone(before, after, FORGET, rebuilt=build(RETAIN)))["L0"] == "unsupported"
     with pytest.raises(UserError, match="different salts"):
         of_zone(before, after, FORGET, rebuilt=build(RETAIN, salt="8" * 32))
+
+
+def test_a_residual_certificate_is_taken_over_with_its_refusals() -> None:
+    """The claim recomputes what the zone's own certificate says: ε of a converged solve, and each of its refusals."""
+    made = build(RETAIN)
+    good = residual_certificate(1e-9, 1e-9, 0.03, epsilon=1.0, delta=1e-5, tolerance=1e-6, rounding=1e-12)
+    bad = [
+        residual_certificate(6.8e-4, 1e-9, 0.03, epsilon=1.0, delta=1e-5, tolerance=1e-6),
+        residual_certificate(1e-9, 1e-9, 0.03, epsilon=1.0, delta=1e-5, tolerance=1e-6, rounding=1e-8),
+        residual_certificate(1e-9, 1e-9, 1e-5, epsilon=1.0, delta=1e-5, tolerance=1e-4),
+    ]
+    known = clean_zone().sections
+
+    def claim(certificate: ResidualCertificate) -> Indistinguishable:
+        section = of_residual(certificate, made)
+        return Indistinguishable(residual=section, provenance=known.provenance, duplicates=known.duplicates)
+
+    assert good.certified and claim(good).judged().verdict == "certified"
+    assert claim(good).judged().figures["epsilon"] == pytest.approx(1.0, abs=1e-9)
+    for certificate in bad:
+        assert not certificate.certified and claim(certificate).judged().verdict == "unsupported"
 
 
 def test_an_exact_retraining_by_replay(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from attack_cases import adapter, audited, blank_copy, exam, retrain
-from claim_cases import CLEAR, SEARCH, A, B, C, edit, removal, residual, score, staying, zone
+from claim_cases import CLEAR, SEARCH, A, B, C, D, edit, removal, residual, score, staying, zone
 from expunge.attacks.exam import Checkpoint
 from expunge.bench.examine import examine, plan
 from expunge.certify.gather import Evidence, Losses, Verdicts
@@ -65,6 +65,7 @@ SPOILED: list[tuple[str, Callable[[], Evidence], tuple[str, ...]]] = [
     ("wrong-records", lambda: zone(removal=removal(requested=())), LEVELS),
     ("other-artefact", lambda: replace(zone(), zone_digest=A), FORMAL),
     ("other-artefact", lambda: replace(zone(), after=C), FORMAL),
+    ("other-artefact", lambda: zone(residual=residual(artefact=D)), FORMAL),
     ("private-statistics", lambda: zone(removal=removal(statistics="private")), FORMAL),
     ("batched-rows", lambda: zone(removal=removal(rows="batched")), FORMAL),
     ("base-changed", lambda: zone(removal=removal(base_after=A)), FORMAL),
@@ -93,8 +94,9 @@ def zone_unfinished() -> Evidence:
 DOUBTFUL: list[tuple[str, Callable[[], Evidence], tuple[str, ...]]] = [
     ("unfinished", lambda: edit(finished=False), LEVELS),
     ("unfinished", zone_unfinished, LEVELS),
-    ("unbound", lambda: replace(zone(), zone_digest=None), FORMAL),
+    ("unbound", lambda: replace(zone(residual=None), zone_digest=None), FORMAL),
     ("unbound", lambda: zone(provenance=CLEAR.model_copy(update={"artefact": ""})), FORMAL),
+    ("unbound", lambda: zone(residual=residual(artefact=None)), FORMAL),
     ("statistics-unknown", lambda: zone(removal=removal(statistics="unknown")), FORMAL),
     ("no-provenance", lambda: zone(provenance=None), FORMAL),
     ("no-provenance", lambda: zone(provenance=CLEAR.model_copy(update={"finding": "unknown"})), FORMAL),

@@ -1,8 +1,8 @@
-"""Evidence for L0, made from the artefacts themselves: what was taken out, and what is built again without it.
+"""Evidence for L0 and L1, made from the artefacts themselves: what was taken out, and what is built again without it.
 
 ``seen_before`` photographs a zone before the removal; ``of_zone`` compares the zone after it with one that was built
 from the records that stay. ``of_training`` does the same for an exact retraining from two manifests. Nothing here is
-taken on trust but the manifests: digests are computed again.
+taken on trust but the manifests: digests are computed again. ``of_residual`` takes over a residual certificate.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from expunge.certify.provenance import Manifest, salted
-from expunge.certify.sections import Removal
+from expunge.certify.sections import Removal, Residual
 from expunge.data.samples import Sample
 from expunge.errors import UserError
+from expunge.zones.residual import ResidualCertificate
 from expunge.zones.zone import FrozenBase, Zone
 
 Statistics = Literal["public", "private", "unknown"]
@@ -132,3 +133,14 @@ def of_training(
         rows="alone",
         deterministic=deterministic,
     )
+
+
+def of_residual(certificate: ResidualCertificate, zone: Zone, *, earlier_mu: Sequence[float] = ()) -> Residual:
+    """The evidence of a shared zone that was released with noise, bound to the digest of the released zone.
+
+    The noise is that of the certificate, so the zone must have been published with it. ``earlier_mu``: of the releases
+    before. A certificate that refuses is taken over as it is: the claim refuses for the same reason.
+    """
+    names = ("residual", "reference_residual", "tolerance", "reference_tolerance", "rounding", "strong_convexity")
+    numbers = {name: getattr(certificate, name) for name in (*names, "noise", "logit_noise", "delta")}
+    return Residual(artefact=zone.digest(), earlier_mu=tuple(earlier_mu), **numbers)

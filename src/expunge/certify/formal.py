@@ -12,6 +12,7 @@ from expunge.certify.provenance import Clearance
 from expunge.certify.refusals import Level
 from expunge.certify.sections import DuplicateSearch, Guesses, PrivateTraining, Removal, Reset, Residual
 from expunge.privacy_accounting import gaussian_epsilon
+from expunge.zones.residual import ROUNDING_MARGIN
 
 HONEST = "records and digests were logged honestly by whoever made the artefacts"
 DISCLOSED = "conditional on what the request itself discloses, such as which block was touched"
@@ -156,8 +157,11 @@ class Indistinguishable(Claim):
     def _of_residual(self, r: Residual) -> tuple[float, tuple[str, ...]]:
         """μ = (τ₁ + τ₂)/(λσ) from the tolerances, which say nothing about the data; residuals must lie below them."""
         gaps: tuple[str, ...] = ()
-        if r.residual > r.tolerance or r.reference_residual > r.reference_tolerance:
+        least = min(r.tolerance, r.reference_tolerance)
+        if r.residual + r.rounding > r.tolerance or r.reference_residual + r.rounding > r.reference_tolerance:
             gaps += ("a measured residual is above its tolerance: the optimisation did not converge.",)
+        if least < ROUNDING_MARGIN * r.rounding:
+            gaps += ("the tolerance drowns in the rounding of the gradient: whether it was reached cannot be told.",)
         if r.dtype != "float64":
             gaps += ("residuals were summed in single precision: their rounding is not below the tolerance.",)
         if r.noise == 0:

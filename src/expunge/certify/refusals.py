@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from expunge.certify.gather import Evidence, Interval, Staying
+from expunge.certify.sections import Released
 from expunge.stats import clopper_pearson
 
 Level = Literal["L0", "L1", "L2", "L3", "L4", "L5"]
@@ -166,6 +167,9 @@ def _other_artefact(e: Evidence) -> str | None:
     own = {"zone": e.zone_digest, "retrain": e.after}.get(e.kind)
     if removal is not None and own and removal.after != own:
         return "the digests of the removal are those of another model."
+    release, known = _release(e), [d for d in (e.zone_digest, e.after) if d]
+    if release is not None and release.artefact and known and release.artefact not in known:
+        return "the privacy figures are those of another model."
     if found is not None and e.after and found.artefact and found.artefact != e.after:
         return "the chain of manifests is that of another model."
     return None
@@ -177,7 +181,14 @@ def _unbound(e: Evidence) -> str | None:
         return "nothing ties the digests of the removal to the released model."
     if found is not None and e.after and not found.artefact:
         return "nothing ties the chain of manifests to the released model."
+    release = _release(e)
+    if release is not None and not release.artefact:
+        return "nothing ties the privacy figures to the released model."
     return None
+
+
+def _release(e: Evidence) -> Released | None:
+    return e.sections.residual or e.sections.reset or e.sections.private_training
 
 
 def _private_statistics(e: Evidence) -> str | None:

@@ -63,16 +63,24 @@ class DuplicateSearch(Section):
     threshold: Unit = 0.5
 
 
-class Residual(Section):
+class Released(Section):
+    """Evidence about one release; ``artefact``: the digest of its zone or model, without which it proves nothing."""
+
+    artefact: Digest | None = None
+
+
+class Residual(Released):
     """A strongly convex zone: gradient norms of the candidate and the reference, and the noise put on the weights.
 
-    ``tolerance`` and ``reference_tolerance`` were fixed beforehand, the residuals are measured over all records.
+    ``tolerance`` and ``reference_tolerance`` were fixed beforehand, the residuals are measured over all records, and
+    ``rounding`` bounds the error of these measurements.
     """
 
     residual: NotNegative
     reference_residual: NotNegative
     tolerance: Positive
     reference_tolerance: Positive
+    rounding: NotNegative = 0.0
     strong_convexity: Positive
     noise: NotNegative
     logit_noise: NotNegative | None = None
@@ -81,7 +89,7 @@ class Residual(Section):
     earlier_mu: tuple[NotNegative, ...] = Field(default=(), description="of the releases before this one")
 
 
-class Reset(Section):
+class Reset(Released):
     """Certified reset by clipping and noise (Koloskova et al. 2025): from a ball, ``steps`` noisy steps on retain data.
 
     ``decay`` = 1 − learning rate × weight decay.
@@ -97,7 +105,7 @@ class Reset(Section):
     earlier_mu: tuple[NotNegative, ...] = ()
 
 
-class PrivateTraining(Section):
+class PrivateTraining(Released):
     """A zone trained with Gaussian privacy ``mu`` for one record; ``group`` records are to be forgotten."""
 
     mu: Positive
