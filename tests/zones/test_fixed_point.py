@@ -119,6 +119,8 @@ def test_features_are_published_by_their_seed() -> None:
 def test_keys_of_another_width_and_values_without_a_fixed_form_are_refused() -> None:
     with pytest.raises(UserError, match="wide"):
         RandomFeatures(8, 16)(np.zeros((1, 9), dtype=np.int32))
+    with pytest.raises(UserError, match="no keys"):
+        RandomFeatures(8, 16)(np.full((1, 8), 2**40))
     for bad in (math.nan, math.inf, 1e9):
         with pytest.raises(UserError, match="binary places"):
             fixed(np.array([bad]), KEY_BITS)

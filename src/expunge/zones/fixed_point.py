@@ -97,6 +97,14 @@ class RandomFeatures:
         heights: Doubles = np.cos(np.arange(TURN, dtype=np.float64) * (2 * math.pi / TURN))
         return np.rint(FEATURE_ONE * heights).astype(np.int16)
 
+    @cached_property
+    def _frequencies_ED(self) -> Doubles:
+        return self.frequencies_ED.astype(np.float64)
+
+    @cached_property
+    def _largest_frequency(self) -> int:
+        return _largest(self.frequencies_ED)
+
     @property
     def square(self) -> float:
         """What one unit of a product of two features is worth: 2 / (511² D)."""
@@ -106,7 +114,11 @@ class RandomFeatures:
         """Features of keys with :data:`KEY_BITS` binary places, (N, D), each from -511 to 511."""
         if keys_NE.shape[1] != self.width:
             raise UserError(f"keys are {keys_NE.shape[1]} wide, the random features {self.width}: use the same model.")
-        sums_ND = exact_product(keys_NE.T, self.frequencies_ED).astype(np.int64)
+        bound = self.width * _largest(keys_NE) * self._largest_frequency
+        if bound >= EXACT:
+            raise UserError(f"keys as large as {_largest(keys_NE)} are no keys: they have {KEY_BITS} binary places.")
+        with one_thread():
+            sums_ND = (keys_NE.astype(np.float64) @ self._frequencies_ED).astype(np.int64)
         ticks_ND = (sums_ND >> (KEY_BITS + FREQUENCY_BITS)) + self.phases_D
         features_ND: NDArray[np.int16] = self.cosines[ticks_ND & (TURN - 1)]
         return features_ND
