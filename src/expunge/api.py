@@ -528,10 +528,17 @@ def collect_evidence(run: Text) -> tuple[str, ...]:
     """
     from expunge.certify.collect import collect
 
-    if read_sections(Path(run)).duplicates is not None:
-        return ()
+    return collect(run, run_dataset(run)) if read_sections(Path(run)).duplicates is None else ()
+
+
+def run_dataset(run: Text) -> Dataset:
+    """The data of a run, loaded once more as its configuration says.
+
+    Raises:
+        UserError: no run folder, or the data cannot be loaded any more.
+    """
     config, known = read_config(Path(run)), {f.name for f in fields(Request)}
-    return collect(run, Request(**{k: v for k, v in config.items() if k in known}).dataset())
+    return Request(**{k: v for k, v in config.items() if k in known}).dataset()
 
 
 def either(model: Text | None, init: str | None) -> None:

@@ -16,7 +16,9 @@ DATA = {"people": 12, "forget": 2, "holdout": 6, "utility": 20, "questions": 4}
 
 
 @pytest.mark.slow
-def test_a_zone_gets_an_exact_certificate_without_a_name_in_it(tmp_path: Path) -> None:
+def test_a_zone_gets_an_exact_certificate_without_a_name_in_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     base, zone, run = (tmp_path / name for name in ("base", "zone", "run"))
     data = {"data": "people", "data_options": DATA}
     api.train(base, init="tiny-test", roles=("utility",), epochs=2, **data)
@@ -27,7 +29,14 @@ def test_a_zone_gets_an_exact_certificate_without_a_name_in_it(tmp_path: Path) -
     assert expunge("certify", run, "--collect", "--key", tmp_path / "k.pem") == 0
     certificate = run / "certificate.json"
     again = ["verify", certificate, "--pub", tmp_path / "k.pub.pem", "--require", "L0"]
-    assert expunge(*again, "--run", run, "--commitments", run / "certificate.keys.json") == 0
+    told = ["--run", run, "--commitments", run / "certificate.keys.json", "--recompute"]
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert expunge(*again, *told) == 0
+    said = capsys.readouterr().out
+    assert "the data is the data of the certificate." in said and "removal" in said
+    assert said.count("all 6 claims come out the same") == 2
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
     found = statement(certificate)["predicate"]
     assert found["verdict"] == "certified" and found["method"]["kind"] == "zone"
     assert {c["level"]: c["verdict"] for c in found["claims"]}["L0"] == "certified"

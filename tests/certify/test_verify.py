@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from tests.certify.certificate_cases import KEY, KEYS, LATER, NOW, OTHER, claim, sign, statement, write_run
+from tests.certify.certificate_cases import CLAIMS, KEY, KEYS, LATER, NOW, OTHER, claim, sign, statement, write_run
 
+from expunge.certify import replay
 from expunge.certify.canonical import canonical
 from expunge.certify.signing import SigningKey
 from expunge.certify.verify import Verification, verify
+from expunge.data.samples import Dataset, Sample
 from expunge.errors import UserError
 
 
@@ -25,10 +27,11 @@ def public(folder: Path, key: SigningKey, name: str, head: str = "") -> Path:
 
 
 @pytest.fixture
-def case(tmp_path: Path) -> dict[str, Path]:
+def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """A run with its certificate and the public keys of two signers."""
     run = write_run(tmp_path / "run")
     (run / "certificate.json").write_bytes(sign(statement(run)))
+    monkeypatch.setattr(replay, "claims_of", lambda folder: CLAIMS)
     KEYS.write(run / "certificate.keys.json")
     return {
         "run": run,
@@ -138,6 +141,7 @@ def test_the_run_against_its_commitments(case: dict[str, Path]) -> None:
     holds = [f.text for f in found.findings if f.state == "holds"]
     assert "the request is about the 4 forget sample(s) of the run." in holds
     assert "all 3 figures stand so in the run's files." in holds
+    assert "all 6 claims come out the same from the run's files." in holds
     assert [t.split()[0] for t in holds if "certified run" in t] == [
         "results.json", "run.json", "run.yaml", "samples.jsonl",
     ]  # fmt: skip
@@ -149,6 +153,25 @@ def test_the_run_against_its_commitments(case: dict[str, Path]) -> None:
     assert sum(f.state == "not checked" for f in checked(case, **told).findings) == 5
     case["keys"].write_text(destroyed.replace(KEYS.record, "33" * 32))
     assert "is not the one of the certified run" in refuted(checked(case, **told))
+
+
+def test_claims_that_do_not_follow(case: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"run": case["run"], "commitments": case["keys"]}
+    monkeypatch.setattr(replay, "claims_of", lambda folder: [*CLAIMS[:4], claim("L4", "refuted"), CLAIMS[5]])
+    assert "L4: comes out differently from the run's files." in refuted(checked(case, **told))
+    monkeypatch.setattr(replay, "claims_of", lambda folder: CLAIMS[:5])
+    assert "the number of claims: comes out differently" in refuted(checked(case, **told))
+    monkeypatch.setattr(replay, "digest_code", lambda: "0" * 64)
+    found = checked(case, **told)
+    assert found.code == 0 and "with another version of the code" in found.text()
+
+
+def test_other_data_is_refuted(case: dict[str, Path]) -> None:
+    sample = Sample(id="1", subject="1", prompt="a", target="b")
+    found = checked(
+        case, run=case["run"], commitments=case["keys"], dataset=Dataset(name="x", roles={"forget": (sample,)})
+    )
+    assert "the data is not the data of the certificate." in refuted(found)
 
 
 def test_a_run_that_was_changed(case: dict[str, Path], tmp_path: Path) -> None:

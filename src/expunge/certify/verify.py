@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from expunge.certify import evidence
+from expunge.certify import evidence, replay
 from expunge.certify.commitments import Keys, read_keys
 from expunge.certify.signing import PUBLIC, public_key
 from expunge.certify.statement import commit_request
@@ -23,6 +23,7 @@ from expunge.certify.vendored import (
     read_envelope,
     read_statement,
 )
+from expunge.data.samples import Dataset
 from expunge.errors import UserError, unknown
 from expunge.files import digest_file
 
@@ -68,6 +69,7 @@ def verify(
     model: Path | str | None = None,
     run: Path | str | None = None,
     commitments: Path | str | None = None,
+    dataset: Dataset | None = None,
     threshold: int | None = None,
     require: str | None = None,
     now: datetime | None = None,
@@ -80,6 +82,7 @@ def verify(
         model: folder of the model; without it the folder ``model`` beside the certificate, if there is one.
         run: run folder whose files are compared with the commitments; needs ``commitments``.
         commitments: the file of keys that ``certify`` wrote.
+        dataset: what the run was given: claims are recomputed from it and from the models; needs ``run``.
         threshold: how many of the keys must have signed; all without it.
         require: level that must be certified, ``L0`` to ``L5``; else it counts as refuted.
 
@@ -112,7 +115,10 @@ def verify(
         if require is not None:
             found.append(_required(statement["predicate"]["claims"], require))
         if run is not None and commitments is not None:
-            found += compare_run(statement["predicate"], Path(run), read_keys(commitments))
+            keys_of = read_keys(commitments)
+            found += compare_run(statement["predicate"], Path(run), keys_of)
+            if dataset is not None:
+                found += replay.from_data(statement["predicate"], Path(run), keys_of, dataset)
     return Verification(found, statement)
 
 
@@ -157,4 +163,4 @@ def compare_run(predicate: dict[str, Any], folder: Path, keys: Keys) -> list[Fin
         found.append(Finding("holds", f"all {len(figures)} figures stand so in the run's files."))
     else:
         found.append(Finding("refuted", "the figures differ from those in the run's files."))
-    return found
+    return found + replay.from_files(predicate, folder)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from expunge.cli.common import Json, emit
+from expunge.errors import UserError
 
 
 def command(
@@ -28,6 +29,9 @@ def command(
     commitments: Annotated[
         Path | None, typer.Option("--commitments", help="With --run: the keys that certify wrote.")
     ] = None,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="With --run: make the claims again from its data and models.")
+    ] = False,
     json: Json = False,
 ) -> int:
     """Check a certificate offline: what holds, what is refuted, what could not be checked.
@@ -41,8 +45,22 @@ def command(
     """
     from expunge.certify.verify import verify
 
+    dataset = None
+    if recompute:
+        if run is None:
+            raise UserError("--recompute needs --run: the folder of the certified run, which names data and models.")
+        from expunge.api import run_dataset
+
+        dataset = run_dataset(run)
     found = verify(
-        certificate, pub=pub or (), model=model, run=run, commitments=commitments, threshold=threshold, require=require
+        certificate,
+        pub=pub or (),
+        model=model,
+        run=run,
+        commitments=commitments,
+        dataset=dataset,
+        threshold=threshold,
+        require=require,
     )
     emit(found.record() if json else None, "" if json else found.text(), json)
     return found.code
