@@ -22,9 +22,12 @@ from torch import Tensor, nn
 from expunge.bench.cost import measure
 from expunge.data.samples import Sample
 from expunge.errors import UserError
-from expunge.methods.registry import Method, Outcome, all_methods, get_method
+from expunge.methods.registry import Context, Method, Outcome, all_methods, get_method
 from expunge.models.load import Loaded, load_model, save_model
 from expunge.models.lora import is_lora
+from expunge.zones.build import build_zone
+from expunge.zones.model import ZonedModel
+from expunge.zones.zone import Zone
 
 ABSENT = {"retain": (), "unseen": (), "base": None}
 
@@ -62,7 +65,8 @@ TABLE: dict[str, Row] = {
         },
     ),
 }
-METHODS = all_methods()
+METHODS = {name: found for name, found in all_methods().items() if not name.startswith("zone-")}
+ZONES = {name: found for name, found in all_methods().items() if name.startswith("zone-")}  # their rows stand below
 CELLS = [(name, where) for name in METHODS for where in WORLDS if MODALITIES[where] in METHODS[name].modalities]
 cells = pytest.mark.parametrize(("name", "where"), CELLS)
 methods = pytest.mark.parametrize("name", METHODS)
@@ -386,3 +390,86 @@ def test_a_base_of_another_shape_is_refused() -> None:
 
     context = replace(here.context(), base=other)
     assert "does not have the original's shape" in refused("cluster", context)
+
+
+# -- removal from zones ------------------------------------------------------------------------------------------------
+
+# Options under which each kind is built fast enough for this test.
+ZONE_TABLE: dict[str, dict[str, Any]] = {"zone-store": {}}
+
+
+@cache
+def zone_world() -> tuple[World, Context, tuple[Sample, ...]]:
+    """The text world's base and people, with the base's training texts as public ones."""
+    from zone_cases import private
+    from zone_cases import world as zoned_world
+
+    loaded, data = zoned_world()
+    forget = tuple(s for s in private() if s.subject == private()[0].subject)
+    retain = tuple(s for s in private() if s not in forget)
+    here = World("text", loaded.adapter, forget, retain, (), loaded.model, loaded.model)
+    return here, Context(loaded.model, loaded.adapter, forget, retain), data["utility"]
+
+
+def zoned(name: str) -> ZonedModel:
+    here, context, public = zone_world()
+    loaded = Loaded(context.model, context.adapter, "")
+    kind = name.removeprefix("zone-")
+    model = build_zone(loaded, [*here.forget, *here.retain], public, kind, options=ZONE_TABLE[name], salt="0f" * 32)
+    return model
+
+
+def without(model: ZonedModel, samples: tuple[Sample, ...]) -> Zone:
+    """The zone that is built of these samples alone, with the public artefacts of ``model``."""
+    from zone_cases import adapter, base
+
+    zone = type(model.zone)(model.zone.options, model.zone.public, model.zone.base_digest, model.zone.salt)
+    zone.add([zone.record(s, adapter()) for s in samples], base())
+    return zone
+
+
+@pytest.mark.parametrize("name", ZONE_TABLE)
+def test_zone_methods_remove_exactly_and_touch_no_weight(name: str) -> None:
+    here, context, _ = zone_world()
+    model = zoned(name)
+    knew, bare = here.loss(model, here.forget), here.loss(context.model, here.forget)
+    kept, weights = here.loss(model, here.retain), state_of(model)
+    with measure(here.adapter, model) as cost:
+        outcome = ZONES[name](replace(context, model=model))
+        cost.model = outcome.model
+    assert outcome.model is model and cost.parameters_changed == 0
+    assert all(torch.equal(t, weights[n]) for n, t in state_of(model).items())
+    assert model.zone.digest() == without(model, here.retain).digest() == outcome.record["zone_digest"]
+    assert here.loss(model, here.forget) == pytest.approx(bare, abs=1e-5) and knew < bare - 0.5
+    assert here.loss(model, here.retain) == pytest.approx(kept, abs=0.05)
+    assert all(isinstance(note, str) and note and "\n" not in note for note in outcome.notes)
+
+
+@pytest.mark.parametrize("name", ZONE_TABLE)
+def test_zone_methods_take_single_records_and_say_what_they_did_not_find(name: str) -> None:
+    here, context, public = zone_world()
+    model = zoned(name)
+    some = (*here.forget[:1], *here.retain[:2], public[0])
+    outcome = ZONES[name](replace(context, model=model, forget=some))
+    rest = tuple(s for s in (*here.forget, *here.retain) if s not in some)
+    assert model.zone.digest() == without(model, rest).digest()
+    assert any("were not in the zone" in note for note in outcome.notes)
+    renamed = tuple(replace(s, id=f"other/{i}") for i, s in enumerate(rest[:2]))
+    ZONES[name](replace(context, model=model, forget=renamed))  # known by their content
+    assert model.zone.digest() == without(model, rest[2:]).digest()
+    last = replace(context, model=model, forget=rest[2:3])
+    ZONES[name](last, ZONES[name].configure({"scope": "subjects"}))
+    assert rest[2].subject not in model.zone.blocks
+    with pytest.raises(UserError, match="none of the 1 forget samples is in the zone"):
+        ZONES[name](last)
+
+
+def test_zone_methods_refuse_what_is_no_zone_or_another_kind() -> None:
+    _, context, _ = zone_world()
+    for found in ZONES.values():
+        assert found.summary and found.paper and found.formula and not found.removes_from_weights
+        with pytest.raises(UserError, match="has no zone to remove from"):
+            found(context)
+    for name in set(ZONES) - {"zone-store"}:
+        with pytest.raises(UserError, match="use --method zone-store"):
+            ZONES[name](replace(context, model=zoned("zone-store")))

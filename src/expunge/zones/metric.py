@@ -72,7 +72,8 @@ def fit_metric(trial: Store, base: FrozenBase, made: Surrogates, seed: int) -> t
             if turn % len(people) == 0:
                 queue = torch.randperm(len(people), generator=order).tolist()
             optimizer.param_groups[0]["lr"] = RATE * (1 - turn / total)
-            loss = _loss(people[queue[turn % len(people)]], map_CK, *logs_2.exp(), gamma)
+            beta_1, sharpness_1 = logs_2.exp()
+            loss = _loss(people[queue[turn % len(people)]], map_CK, beta_1, sharpness_1, gamma)
             loss = loss + PULL * (map_CK - start_CK).square().sum()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
