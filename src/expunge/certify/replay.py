@@ -29,12 +29,12 @@ def from_data(predicate: Mapping[str, Any], run: Path, keys: Keys, dataset: Data
     Raises:
         UserError: a model that the run names is not there any more, or the run is none of ``unlearn``.
     """
-    from expunge.certify.collect import collect
-
     if not keys.record:
         return [Finding("not checked", "the data: the key of its commitment has been destroyed.")]
     if keys.commit("record", "data", dataset.digest()) != predicate["evidence"]["data_commitment"]:
         return [Finding("refuted", "the data is not the data of the certificate.")]
+    from expunge.certify.collect import collect  # heavy: it loads models
+
     found = [Finding("holds", "the data is the data of the certificate.")]
     with tempfile.TemporaryDirectory() as scratch:
         copy = Path(scratch)
