@@ -26,7 +26,7 @@ LEVELS = {
     "L4": "audited by attacks",
     "L5": "robustness measured",
 }
-WORDS = {"certified": "holds", "refuted": "refuted", "unsupported": "no evidence"}
+WORDS = {"certified": "holds", "refuted": "refuted", "unsupported": "not shown"}
 SHOWN = 40  # figures on the page; all of them are in the certificate
 
 
