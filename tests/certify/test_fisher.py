@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from expunge.certify.fisher import collateral, quadratic_form
+from expunge.certify.fisher import collateral
+from expunge.certify.sections import explains
+from expunge.data.samples import Sample
 from expunge.errors import UserError
+from expunge.models.tiny import init_classifier
 from tiny_text import tiny_adapter, tiny_dataset, tiny_model
 
 torch.set_num_threads(1)
@@ -54,7 +57,7 @@ def test_remainder_vanishes_with_the_step_and_large_steps_are_not_claimed() -> N
     assert gaps[1] < gaps[0] / 3 and gaps[1] < 0.01
     assert collateral(*moved(1e-3), tiny_adapter(), SAMPLES).small
     large = collateral(*moved(0.5), tiny_adapter(), SAMPLES)
-    assert not large.small and not quadratic_form(large.record())
+    assert not large.small and not explains(large.quadratic.value, large.direct.value)
 
 
 def test_same_model_has_changed_nothing_and_models_stay_as_they_are() -> None:
@@ -75,9 +78,30 @@ def test_batches_do_not_matter() -> None:
     assert whole.quadratic.n == len(SAMPLES)
 
 
-def test_bad_input() -> None:
+def test_images_go_through_the_same_seam() -> None:
+    """A classifier: one position per sample, V classes, buffers that are no parameters."""
+    loaded = init_classifier(4, seed=0)
+    rng = np.random.default_rng(0)
+    samples = [
+        Sample(id=str(i), subject=str(i), target=i % 4, image=rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+        for i in range(6)
+    ]
+    other = copy.deepcopy(loaded.model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1e-4 * torch.randn(p.shape, generator=generator))
+    found = collateral(loaded.model, other, loaded.adapter, samples)
+    assert found.small and found.direct.value > 0 and found.quadratic.n == 6
+
+
+def test_sections_and_bad_input() -> None:
     original, other = moved(1e-3)
     with pytest.raises(UserError, match="needs samples"):
         collateral(original, other, tiny_adapter(), [])
+    with pytest.raises(UserError, match="two subjects"):
+        collateral(original, other, tiny_adapter(), SAMPLES[:1]).section("retain")
+    section = collateral(original, other, tiny_adapter(), SAMPLES).section("retain")
+    assert section.direct <= section.high and section.n == len(SAMPLES)
     with pytest.raises(UserError, match="one architecture"):
         collateral(original, tiny_model(0, width=32), tiny_adapter(), SAMPLES)

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from expunge.certify.refusals import FORMAL, Level, Refusal, Verdict
+from expunge.errors import UserError
 from expunge.files import plain
 
 EPSILON = re.compile(r"ε|\bepsilon\b|\beps\b", re.IGNORECASE)
@@ -127,7 +128,7 @@ class Claim(ABC):
         """The claim as JSON: level, claim, verdict, assumptions, evidence, not_claimed.
 
         Raises:
-            AssertionError: ε stands in a claim that may not speak of it.
+            UserError: a name in the evidence of L2 to L5 speaks of ε, which none of them may.
         """
         found = self.judged()
         flags = [r.sentence for r in self.case.refusals if self.level in r.levels and r.weight == "flagged"]
@@ -139,8 +140,10 @@ class Claim(ABC):
             "evidence": plain({**found.figures, "reasons": list(found.reasons)}),
             "not_claimed": [*self.never, *flags],
         }
-        if self.level not in FORMAL:
-            assert not _speaks_of_epsilon(content), f"{self.level} speaks of epsilon"
+        if self.level not in FORMAL and _speaks_of_epsilon(content):
+            raise UserError(
+                f"a name in the evidence of {self.level} speaks of epsilon: rename that score or statistic."
+            )
         return content
 
 

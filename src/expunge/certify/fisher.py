@@ -10,21 +10,21 @@ Shape suffixes: N target positions, V vocabulary or classes, S samples.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from expunge.certify.sections import Change, explains
 from expunge.data.samples import Sample
 from expunge.errors import UserError
 from expunge.models.adapter import CHUNK_ELEMENTS, Adapter, Batch, evaluating
 from expunge.stats import Estimate, Floats, bootstrap_mean
-
-REMAINDER = 0.1  # largest share of the direct KL by which the quadratic form may miss it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,15 +49,19 @@ class Collateral:
 
     @property
     def small(self) -> bool:
-        return self.remainder <= REMAINDER
+        return explains(self.quadratic.value, self.direct.value)
 
-    def record(self) -> dict[str, Any]:
-        return {
-            "quadratic": self.quadratic.record(),
-            "direct": self.direct.record(),
-            "remainder": self.remainder,
-            "small": self.small,
-        }
+    def section(self, role: Literal["retain", "utility"]) -> Change:
+        """As evidence of a claim; one subject alone has no interval, and gives none.
+
+        Raises:
+            UserError: nothing was measured.
+        """
+        numbers = self.quadratic.value, self.direct.value, self.direct.high
+        if not all(map(math.isfinite, numbers)):
+            raise UserError("collateral change needs samples of two subjects at least: give more retain samples.")
+        quadratic, direct, high = numbers
+        return Change(role=role, quadratic=quadratic, direct=direct, high=high, n=self.direct.n)
 
 
 class _Logits(nn.Module):
@@ -151,10 +155,3 @@ def _second_order(z_NV: Tensor, slope_NV: Tensor, new_NV: Tensor) -> tuple[np.nd
 def _vocab(model: nn.Module, adapter: Adapter, sample: Sample) -> int:
     with evaluating(model):
         return adapter.positions(model, [sample]).vocab
-
-
-def quadratic_form(collateral_of: Mapping[str, Any]) -> bool:
-    """Whether a stored :meth:`Collateral.record` may be claimed: recomputed from its numbers, not from its word."""
-    direct, quadratic = (float(collateral_of[k]["value"] or 0.0) for k in ("direct", "quadratic"))
-    gap = abs(direct - quadratic)
-    return gap <= REMAINDER * direct if direct > 0 else gap == 0

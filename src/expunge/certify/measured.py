@@ -13,10 +13,9 @@ from expunge.certify.audits import loss_from_rates, one_run_unlearning_loss
 from expunge.certify.claims import Claim, Ruling, lacking, number
 from expunge.certify.divergence import bounded_mean
 from expunge.certify.equivalence import equivalence, runs_needed
-from expunge.certify.fisher import REMAINDER
 from expunge.certify.gather import Interval, Score
 from expunge.certify.refusals import Level, is_forget
-from expunge.certify.sections import Arms, Change, Distance, Equivalence, Guesses, Trials
+from expunge.certify.sections import Arms, Change, Distance, Equivalence, Guesses, Trials, explains
 from expunge.stats import clopper_pearson
 
 HONEST = "results were logged honestly by whoever ran the measurement"
@@ -149,7 +148,7 @@ class Close(Claim):
         return Ruling("unsupported" if gaps else "certified", figures, tuple(gaps))
 
     def _collateral(self, change: Change) -> list[str]:
-        if abs(change.direct - change.quadratic) > REMAINDER * change.direct:
+        if not explains(change.quadratic, change.direct):
             return ["the Fisher form misses the direct KL: the change is not small, and not claimed."]
         if change.high > self.limits.change:
             return [

@@ -20,6 +20,7 @@ from expunge.files import write_json
 
 EVIDENCE = "evidence.json"
 SCHEMA = "expunge.evidence/1"
+REMAINDER = 0.1  # largest share of the direct KL by which the quadratic form may miss it
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -142,8 +143,13 @@ class Distance(Section):
     floor: Unit | None = Field(default=None, description="the same between retrained models; None: not measured")
 
 
+def explains(quadratic: float, direct: float) -> bool:
+    """Whether the second order gives the direct KL to :data:`REMAINDER` of it: the change is then a small one."""
+    return abs(direct - quadratic) <= REMAINDER * direct
+
+
 class Change(Section):
-    """:meth:`expunge.certify.fisher.Collateral.record` on the named role, nats per token."""
+    """Collateral change of the named role, nats per token: :meth:`expunge.certify.fisher.Collateral.section`."""
 
     role: Literal["retain", "utility"]
     quadratic: NotNegative
