@@ -37,7 +37,7 @@ POPULATION = 0.25  # of the holdout subjects
 ARCHS = ("resnet", "vit")
 SIZES: Mapping[str, Mapping[str, Any]] = {  # dataset options where the user gives none
     "classifier": {"private": 400, "forget": 0.25, "holdout": 1200, "utility": 0},
-    "people": {"people": 60, "forget": 0.25, "holdout": 120, "utility": 40, "questions": 5},
+    "people": {"people": 60, "forget": 0.25, "holdout": 240, "utility": 40, "questions": 5},
     "tofu": {"authors": 16, "forget_authors": 4, "holdout_authors": 48, "base_authors": 40, "public": False},
 }
 QUICK: Mapping[str, Mapping[str, Any]] = {
