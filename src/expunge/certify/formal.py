@@ -12,7 +12,6 @@ from expunge.certify.provenance import Clearance
 from expunge.certify.refusals import Level
 from expunge.certify.sections import DuplicateSearch, Guesses, PrivateTraining, Removal, Reset, Residual
 from expunge.privacy_accounting import gaussian_epsilon
-from expunge.zones.residual import ROUNDING_MARGIN
 
 HONEST = "records and digests were logged honestly by whoever made the artefacts"
 DISCLOSED = "conditional on what the request itself discloses, such as which block was touched"
@@ -156,6 +155,8 @@ class Indistinguishable(Claim):
 
     def _of_residual(self, r: Residual) -> tuple[float, tuple[str, ...]]:
         """μ = (τ₁ + τ₂)/(λσ) from the tolerances, which say nothing about the data; residuals must lie below them."""
+        from expunge.zones.residual import ROUNDING_MARGIN  # needs PyTorch, which no other claim does
+
         gaps: tuple[str, ...] = ()
         least = min(r.tolerance, r.reference_tolerance)
         if r.residual + r.rounding > r.tolerance or r.reference_residual + r.rounding > r.reference_tolerance:
