@@ -120,6 +120,23 @@ def test_not_converged_is_refused_by_what_was_measured() -> None:
     assert certificate(residual=3.4e-9).certified
 
 
+def test_a_logistic_zone_that_was_stopped_early_is_refused_by_its_measured_gradient() -> None:
+    """Cross-entropy with a weak ridge has a slow tail: it looks fitted long before its gradient is small."""
+    rng = np.random.default_rng(3)
+    z, decay = rng.standard_normal((40, 40)) / math.sqrt(40), 1e-5
+    tokens = rng.integers(0, 4, 40)
+    w = np.zeros((40, 4))
+    for _ in range(2000):
+        errors = softmax(z @ w, axis=1) - np.eye(4)[tokens]
+        w -= 2.0 * (z.T @ errors / 40 + decay * w)
+    assert (np.argmax(z @ w, axis=1) == tokens).mean() > 0.95
+    measured = softmax_residual(z, tokens, w, decay)
+    assert measured > 1e-5
+    late = {"strong_convexity": decay, "residual": measured, "reference_residual": measured}
+    assert "not converged" in certificate(**late, tolerance=4e-7).refusal
+    assert "noise" in certificate(**late, tolerance=2 * measured).refusal
+
+
 def test_a_tolerance_within_rounding_is_refused() -> None:
     assert "rounding" in certificate(rounding=1e-11).refusal
     assert certificate(rounding=1e-13).certified
