@@ -225,12 +225,8 @@ def tail_of(ids: Sequence[int]) -> Array:
 
 def same_tail(asked_MT: Tensor, stored_RT: Tensor) -> Tensor:
     """Share of the tail that is the same, counted from its end without a gap: (M, R)."""
-    same_MR = torch.ones(len(asked_MT), len(stored_RT), dtype=torch.bool, device=asked_MT.device)
-    total_MR = torch.zeros(same_MR.shape, device=asked_MT.device)
-    for t in range(TAIL):
-        same_MR = same_MR & (asked_MT[:, t, None] == stored_RT[None, :, t])
-        total_MR += same_MR
-    return total_MR / TAIL
+    same_MRT = asked_MT[:, None, :] == stored_RT[None]
+    return same_MRT.int().cumprod(2).sum(2) / TAIL
 
 
 def features(votes: Votes, base_MV: Tensor) -> Tensor:
