@@ -59,6 +59,8 @@ class Index:
     values_R: Tensor
     bags_RC: Tensor  # idf² / length where the row's bag has the token
     tails_RT: Tensor  # last tokens before the row's own, the nearest first; -1 before the beginning
+    map_CK: Tensor  # standardisation and key map in one: states @ map + shift
+    shift_K: Tensor
     column_V: Tensor  # token -> column, -1 for tokens that the subject's records lack
 
 
@@ -138,8 +140,8 @@ class Store(Zone):
         states_MC = torch.cat(chosen, dim=1).float()
         device = states_MC.device
         index = self._index(subject, device)
-        mean_C, deviation_C, map_CK = (self._public(n, device) for n in ("mean", "deviation", "map"))
-        keys_MK = torch.nn.functional.normalize((states_MC - mean_C) / deviation_C @ map_CK, dim=1)
+        keys_MK = torch.addmm(index.shift_K, states_MC, index.map_CK)
+        keys_MK = keys_MK / keys_MK.norm(dim=1, keepdim=True).clamp_min(1e-12)
         cosine_MR = keys_MK @ index.keys_RK.T
         beta, gamma, sharpness = (self.public.constants[n] for n in ("beta", "gamma", "sharpness"))
         bags_MC, tails_MT = self._asked(seen, index, rows_M, cols_M)
@@ -205,16 +207,17 @@ class Store(Zone):
                 tails.append(tail_of(row.record.ids[:end]))
         keys_RK = torch.from_numpy(np.concatenate([r.tensors["keys"] for r in rows]).astype(np.float32))
         values_R = torch.from_numpy(np.concatenate([r.tensors["values"] for r in rows]).astype(np.int64))
+        arrays = self.public.arrays
+        map_CK = arrays["map"] / arrays["deviation"][:, None]
         return Index(
             torch.nn.functional.normalize(keys_RK, dim=1).to(device),
             values_R.to(device),
             torch.from_numpy(np.array(bags)).to(device),
             torch.from_numpy(np.array(tails)).to(device),
+            torch.from_numpy(map_CK).to(device),
+            torch.from_numpy(-arrays["mean"] @ map_CK).to(device),
             torch.from_numpy(column_V),
         )
-
-    def _public(self, name: str, device: torch.device) -> Tensor:
-        return torch.from_numpy(self.public.arrays[name]).to(device)
 
 
 def tail_of(ids: Sequence[int]) -> Array:
