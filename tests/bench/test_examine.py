@@ -169,6 +169,17 @@ def test_drill_says_what_the_models_say(original: Path) -> None:
 # -- interruption, failures ----------------------------------------------------------------------------------------
 
 
+def test_the_worst_view_is_read_from_the_attacks(original: Path, gone: Path) -> None:
+    for folder in (original, gone):
+        found = content(folder)["under_attack"]
+        assert set(found["views"]) == {"as served", "best prompt"}
+        assert found["views"]["as served"]["counts"] == content(folder)["completeness"]["counts"]
+        lines = [json.loads(line) for line in (folder / "drill.jsonl").read_text().splitlines()]
+        assert all(line["completeness_attacked"] <= line["completeness"] for line in lines)
+        assert "come back only under attack" in by_axis(folder)["robustness"]["sentence"]
+    assert content(gone)["under_attack"]["counts"]["under-unlearned"] == 0
+
+
 def fresh_exam() -> Exam:
     """As in another process: nothing is remembered."""
     return replace(large(), shared={})

@@ -12,6 +12,7 @@ from expunge.attacks.exam import Checkpoint, Exam
 from expunge.attacks.registry import Finding
 from expunge.bench.judge import Judged
 from expunge.completeness.calibration import Completeness
+from expunge.completeness.views import UnderAttack
 from expunge.data.samples import Sample
 
 NEIGHBOURS = 3
@@ -22,6 +23,7 @@ def drill_rows(
     findings: Mapping[str, Mapping[str, Finding]],
     rows: Sequence[Judged],
     answers: Completeness | None,
+    deeper: UnderAttack | None = None,
 ) -> list[dict[str, Any]]:
     """What ``drill.jsonl`` holds, in the order of the forget samples."""
     everyone = [*exam.checkpoints, *exam.shadows]
@@ -46,6 +48,8 @@ def drill_rows(
                 "p_under": answers.p_under_N[i],
                 "p_over": answers.p_over_N[i],
             }
+        if deeper is not None:
+            line |= {"completeness_attacked": deeper.answer.completeness_N[i], "view": deeper.view_N[i]}
         details = {
             name: found[exam.audited.name].details[sample.id]
             for name, found in findings.items()

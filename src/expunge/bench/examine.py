@@ -18,9 +18,11 @@ import numpy as np
 from expunge.attacks.exam import Checkpoint, Exam
 from expunge.attacks.registry import Attack, Finding, Tier, get_attack, suite
 from expunge.bench.drill import drill_rows
+from expunge.bench.hidden import hidden, record
 from expunge.bench.judge import AXES, Floats, Judged, Panel, judge, settle, tile
 from expunge.completeness.calibration import Completeness, by_subject, calibrate
 from expunge.completeness.readings import Readings
+from expunge.completeness.views import UnderAttack
 from expunge.data.samples import Role, Sample
 from expunge.errors import UserError
 from expunge.files import plain
@@ -121,10 +123,12 @@ def examine(
     control = _judged(exam, [replace(p, audited=exam.original.name) for p in panels]) if exam.original else None
     readings, beside = completeness_readings(exam)
     answers = None if readings is None else calibrate(readings, level=level, fdr=fdr, holdout=beside)
-    content = _content(exam, wanted, done, rows, control, readings, beside, answers)
+    # With other tokens, means of log-probabilities cannot be compared between models.
+    deeper = None if strangers(exam) else hidden(exam, done, readings, beside, level=level, fdr=fdr)
+    content = _content(exam, wanted, done, rows, control, readings, beside, answers, deeper)
     content["notes"] = [*notes, *content["notes"]]
     content |= {"skipped": dict(wanted.skipped), "failed": failed, "cost": cost}
-    audit = Audit(wanted, rows, answers, content, drill_rows(exam, done, rows, answers))
+    audit = Audit(wanted, rows, answers, content, drill_rows(exam, done, rows, answers, deeper))
     run.write_json("audit.json", plain(content))
     run.write_jsonl("drill.jsonl", [plain(row) for row in audit.drill])
     return audit
@@ -321,6 +325,7 @@ def _content(
     readings: Readings | None,
     beside: Readings | None,
     answers: Completeness | None,
+    deeper: UnderAttack | None,
 ) -> dict[str, Any]:
     notes = []
     if odd := ", ".join(c.name for c in strangers(exam)):
@@ -351,6 +356,7 @@ def _content(
             "called_at_level": float(np.nansum(answers.called())),
             "notes": list(answers.notes),
         }
+    worst_view = None if deeper is None else record(deeper)
     return {
         "schema": SCHEMA,
         "suite": wanted.tier,
@@ -358,9 +364,10 @@ def _content(
             {"name": c.name, "kind": c.kind, "path": c.path or None} for c in [*exam.checkpoints, *exam.shadows]
         ],
         "samples": {role: len(own) for role, own in exam.samples.items()} | {"aux": len(exam.aux)},
-        "vector": [tile(axis, rows, summary, control) for axis in AXES],
+        "vector": [tile(axis, rows, summary, control, worst_view) for axis in AXES],
         "scores": [row.record() for row in rows],
         "completeness": summary,
+        "under_attack": worst_view,
         "subjects": _subjects(readings, beside, answers, findings),
         "fitness": _fitness(findings.get(BLIND)),
         "figures": _figures(findings),

@@ -258,12 +258,17 @@ def worst(rows: Sequence[Judged]) -> Judged | None:
 
 
 def tile(
-    axis: Axis, rows: Sequence[Judged], completeness: Mapping[str, Any] | None, control: Sequence[Judged] | None = None
+    axis: Axis,
+    rows: Sequence[Judged],
+    completeness: Mapping[str, Any] | None,
+    control: Sequence[Judged] | None = None,
+    attacked: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One component of the audit's vector: verdict, the row that decides it, and a sentence.
 
     ``control``: the same rows for the original in the audited model's place. Where even the original passes, nothing
-    could have been shown, and the audited model has passed no test.
+    could have been shown, and the audited model has passed no test. ``attacked``: completeness in the worst view; what
+    it finds beyond the completeness as served speaks against robustness.
     """
     own = [r for r in rows if r.axis == axis]
     found = worst(own)
@@ -276,6 +281,8 @@ def tile(
         if completeness is not None:
             judged = completeness["auditable"]
             under, over = (completeness["counts"].get(f"{word}-unlearned", 0) for word in ("under", "over"))
+    hides, hidden = _hidden(axis, completeness, attacked)
+    parts += hidden
     if against and found is not None:
         parts.append(_sentence(found, len(against), tests))
     elif tests:
@@ -283,7 +290,7 @@ def tile(
     if tests and any(len(r.panel.references) == 1 for r in own):
         parts.append("there is one reference only, so how far retrained models differ by chance is not known")
     blunt = axis != "utility" and control is not None and not any(r.differs for r in control if r.axis == axis)
-    if against or under or over:
+    if against or under or over or hides > 0:
         verdict = "failed"
     elif tests and blunt and not judged:
         verdict = NOT_SHOWN
@@ -306,6 +313,16 @@ def tile(
         "worst": found.record() if found is not None else None,
         "tests": tests,
     }
+
+
+def _hidden(
+    axis: Axis, completeness: Mapping[str, Any] | None, attacked: Mapping[str, Any] | None
+) -> tuple[int, list[str]]:
+    """(samples that come back only under attack, the clause that says so)."""
+    if axis != "robustness" or attacked is None or completeness is None:
+        return 0, []
+    shown, total = (c["counts"].get("under-unlearned", 0) for c in (completeness, attacked))
+    return total - shown, [f"of {attacked['auditable']} auditable samples {total - shown} come back only under attack"]
 
 
 def _of_completeness(found: Mapping[str, Any] | None) -> str:

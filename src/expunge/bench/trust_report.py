@@ -14,6 +14,7 @@ def write(run: Run, results: Mapping[str, Any]) -> None:
     run.write_text("figures/validation.svg", draw(results["rows"]))
     run.write_text("results.md", markdown(results))
 
+
 HEADLINE = "completeness.attacked"  # completeness in its worst view, what an audit answers with
 
 
