@@ -18,7 +18,7 @@ from expunge.completeness.calibration import (
     residuals,
     score,
 )
-from expunge.completeness.readings import Floats, Form, Readings, text_signal
+from expunge.completeness.readings import Floats, Form, Readings
 from expunge.errors import UserError
 
 GAP = 3.0  # of the original above models that never saw a sample, on the scale of the evidence
@@ -74,32 +74,45 @@ def test_residuals_are_the_written_formula() -> None:
 
 
 def slow_p_under(own: Readings, beside: Readings | None) -> list[float]:
-    """The larger of the shares of left-out readings at least as remembered, with and without centring by model."""
+    """Share of left-out readings at least as remembered, among those on the same side of the threshold of the gap.
+
+    Remembered is a residual less the model's mean residual on the holdout; where a model is judged, and not left out
+    to make the null, the lower of that and the residual itself.
+    """
+    assert own.original_N is not None
     shadow_KN = -own.shadow_KN
     spread = len(shadow_KN) > 2
+    beside_KM = None if beside is None else -beside.shadow_KN
 
-    def pool(part: Floats, centred: bool) -> list[float]:
-        found: list[float] = []
-        for k in range(len(part)):
-            left = residuals(part[k], np.delete(part, k, axis=0), spread)
-            centre = 0.0
-            if centred and beside is not None:
-                one = -beside.shadow_KN
-                centre = float(np.mean(residuals(one[k], np.delete(one, k, axis=0), spread)))
-            found += [float(x) - centre for x in left]
-        return found
+    def remembered(values: Floats, unseen: Floats | None, without: int | None, null: bool = False) -> list[float]:
+        drop = [] if without is None else [without]
+        plain = residuals(values, np.delete(shadow_KN, drop, axis=0), spread)
+        centre = 0.0
+        if unseen is not None and beside_KM is not None:
+            centre = float(np.mean(residuals(unseen, np.delete(beside_KM, drop, axis=0), spread)))
+        return [float(x) - centre if null else min(float(x), float(x) - centre) for x in plain]
 
-    seen = residuals(-own.unlearned_N, shadow_KN, spread)
-    centre = 0.0
-    if beside is not None:
-        centre = float(np.mean(residuals(-beside.unlearned_N, -beside.shadow_KN, spread)))
+    def unseen_of(which: Floats | None) -> Floats | None:
+        return None if which is None else -which
+
+    left: list[tuple[float, float]] = []  # (remembered, gap) of every left-out reading
+    for k in range(len(shadow_KN)):
+        beside_M = None if beside_KM is None else beside_KM[k]
+        original_M = unseen_of(None if beside is None else beside.original_N)
+        gaps = remembered(-own.original_N, original_M, k)
+        left += zip(remembered(shadow_KN[k], beside_M, k, null=True), gaps, strict=True)
+    threshold = math.inf
+    for candidate in sorted(gap for _, gap in left):
+        near = [r for r, gap in left if gap >= candidate]
+        if (1 + sum(r >= candidate for r in near)) / (1 + len(near)) <= 0.05:
+            threshold = candidate
+            break
+    seen = remembered(-own.unlearned_N, unseen_of(None if beside is None else beside.unlearned_N), None)
+    gaps = remembered(-own.original_N, unseen_of(None if beside is None else beside.original_N), None)
     answers = []
-    for value in seen:
-        shares = []
-        for centred in (False, True):
-            null, mine = pool(shadow_KN, centred), float(value) - (centre if centred else 0.0)
-            shares.append((1 + sum(x >= mine for x in null)) / (1 + len(null)))
-        answers.append(max(shares))
+    for mine, gap in zip(seen, gaps, strict=True):
+        null = [r for r, other in left if (other >= threshold) == (gap >= threshold)]
+        answers.append((1 + sum(r >= mine for r in null)) / (1 + len(null)))
     return answers
 
 
@@ -109,7 +122,7 @@ def test_p_values_against_a_slow_loop(shadows: int, beside: int) -> None:
     given = pair(np.random.default_rng(shadows), 12, shadows, beside, kept=np.arange(12) < 3)
     found = calibrate(**given)
     assert found.p_under_N.tolist() == pytest.approx(slow_p_under(given["readings"], given.get("holdout")))
-    assert found.smallest_p == pytest.approx(1 / (1 + 12 * shadows))
+    assert 1 / (1 + 12 * shadows) <= found.smallest_p <= 1 / (1 + 6 * shadows)
     assert found.calibration == ("shadows and holdout" if beside else "shadows")
 
 
@@ -134,9 +147,9 @@ def test_position_completeness_and_score() -> None:
     shrunk = [1 - 0.0, 1 - gap[1] ** 2 / (gap[1] ** 2 + 1), 1 - 0.5 * gap[2] ** 2 / (gap[2] ** 2 + 1)]
     assert found.completeness_N.tolist() == pytest.approx(shrunk)
     expected = [
-        -text_signal(own.unlearned_N[i : i + 1])[0]
-        + 0.9 * text_signal(np.array([1.0]))[0]
-        + 0.1 * np.mean([text_signal(own.shadow_KN[k, i : i + 1])[0] for k in range(4)])
+        -math.log(own.unlearned_N[i] + 0.002)
+        + 0.8 * math.log(1.002)
+        + 0.2 * np.mean([math.log(own.shadow_KN[k, i] + 0.002) for k in range(4)])
         for i in range(3)
     ]
     assert score(own).tolist() == pytest.approx(expected) and found.score_N.tolist() == pytest.approx(expected)
@@ -288,7 +301,7 @@ def test_offline_says_what_is_not_known() -> None:
     assert found.auditable_N.all() and np.isnan(found.position_N).all()
     assert any("no original" in note for note in found.notes)
     assert found.score_N.tolist() == pytest.approx(
-        (-text_signal(own.unlearned_N) + text_signal(own.shadow_KN).mean(axis=0)).tolist()
+        (np.log(own.shadow_KN + 0.002).mean(axis=0) - np.log(own.unlearned_N + 0.002)).tolist()
     )
 
 

@@ -2,8 +2,12 @@
 
 Every shadow is left out once and judged by the others, as the unlearned model is judged by all of them. What the
 shadows score in this way is the null distribution, so the p-values are conformal (Vovk et al. 2005): for a model that
-is exchangeable with the shadows, a share of at most ``level`` of the samples has p <= ``level``. Verdicts control the
-false discovery rate over the auditable samples (Benjamini and Hochberg 1995; for conformal p-values Bates et al. 2023).
+is exchangeable with the shadows, a share of at most ``level`` of the samples has p <= ``level``. Auditable samples have
+a large gap between the original and the shadows' mean, so they are the ones for which that mean came out low, and a
+never-seen model seems to remember them. Each sample is therefore compared only with left-out readings whose own gap,
+against the other shadows, is on its side of the same threshold (Mondrian conformal, Vovk et al. 2005). Verdicts control
+the false discovery rate over the auditable samples (Benjamini and Hochberg 1995; for conformal p-values Bates et al.
+2023).
 
 Shape suffixes: N samples, K shadow models, M holdout samples.
 """
@@ -11,19 +15,20 @@ Shape suffixes: N samples, K shadow models, M holdout samples.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from expunge.completeness.readings import Floats, Readings, classifier_signal, text_signal
+from expunge.completeness.readings import Floats, Readings
 from expunge.errors import UserError
 
 Verdict = Literal["under-unlearned", "adequate", "over-unlearned", "not-auditable"]
 VERDICTS: tuple[Verdict, ...] = ("under-unlearned", "adequate", "over-unlearned", "not-auditable")
 PRIOR_SHADOWS = 4.0  # weight of the variance of all samples beside a sample's own, in shadows
-ANCHOR_SHARE = 0.1  # of the never-seen reading in the anchor of the score; see docs/completeness.md
+ANCHOR_SHARE = 0.2  # of the never-seen reading in the anchor of the score; see docs/completeness.md
+LOSS_FLOOR = 0.002  # nats: differences between losses far below it count for little
 PROB_FLOOR = 1e-6  # a probability of exactly 0 or 1 has no logit
 
 
@@ -97,24 +102,26 @@ def calibrate(
     notes = [f"{missing} sample(s) without a finite reading: not auditable."] if missing else []
 
     null = _Null.of(kept, beside)
-    residual_N = null.residuals(evidence(kept.form, kept.unlearned_N))
+    residual_N, remembered_N = null.judge(kept.unlearned_N, None if beside is None else beside.unlearned_N)
     gap_N = np.full(len(kept), np.nan)
-    if kept.original_N is not None:
-        gap_N = null.residuals(evidence(kept.form, kept.original_N))
-    p_under_N = null.p_under(residual_N)
-    p_over_N = null.p_over(residual_N)
     if kept.original_N is None:
         auditable_N = np.full(len(kept), null.size > 0)
+        near, others = null, null
         notes.append("no original was given: which samples could have been told apart at all is not known.")
     else:
-        auditable_N = null.p_beyond(gap_N) <= level if null.size else np.zeros(len(kept), dtype=bool)
+        gap_N, clear_N = null.judge(kept.original_N, None if beside is None else beside.original_N)
+        threshold = null.threshold(level)
+        auditable_N = clear_N >= threshold
+        near, others = null.where(null.gap >= threshold), null.where(null.gap < threshold)
+    p_under_N = np.where(auditable_N, near.p_under(remembered_N), others.p_under(remembered_N))
+    p_over_N = np.where(auditable_N, near.p_over(residual_N), others.p_over(residual_N))
     if not null.size and len(kept):
         notes.append("one shadow and no holdout: nothing to calibrate on, so no verdict; give a second shadow.")
     num = int(auditable_N.sum())
-    if null.size and num and 1 / (1 + null.size) > fdr / num:
-        least = int(np.ceil(num / (fdr * (1 + null.size))))
+    if num and 1 / (1 + near.size) > fdr / num:
+        least = int(np.ceil(num / (fdr * (1 + near.size))))
         notes.append(
-            f"with {null.size} never-seen readings a verdict needs at least {least} samples of the {num} auditable "
+            f"with {near.size} never-seen readings a verdict needs at least {least} samples of the {num} auditable "
             "ones to stand out together: more shadows or holdout samples make it finer."
         )
     under_N, over_N = (_discoveries(p_N, auditable_N, fdr) for p_N in (p_under_N, p_over_N))
@@ -147,7 +154,7 @@ def calibrate(
         level,
         fdr,
         null.source,
-        1 / (1 + null.size),
+        1 / (1 + max(near.size, others.size)),
         tuple(notes),
     )
 
@@ -155,13 +162,15 @@ def calibrate(
 def score(readings: Readings) -> Floats:
     """(N,) evidence that a sample is still a member: its signal above an anchor between original and never-seen.
 
-    s_u - (1 - c) s_o - c mean_k s_k with IAM's signal s (increasing in the probability) and c = 0.1; offline
-    s_u - mean_k s_k. A member reads like the original up to little noise, a forgotten sample like the shadows up to
-    much: the anchor therefore lies near the original. Unlike IAM's score it does not depend on the other samples.
+    s_u - (1 - c) s_o - c mean_k s_k with s = -ln(loss + 0.002), the loss of a classifier being -ln p, and c = 0.2;
+    offline s_u - mean_k s_k. A member reads like the original up to little noise, a forgotten sample like the shadows
+    up to much: the anchor therefore lies near the original. Unlike IAM's signal this one is not flat at high losses,
+    and unlike IAM's score it does not depend on the other samples.
     """
 
     def signal(values: Floats) -> Floats:
-        return -text_signal(values) if readings.form == "text" else classifier_signal(values)
+        loss = values if readings.form == "text" else -np.log(np.clip(values, 1e-30, 1.0))
+        return np.asarray(-np.log(loss + LOSS_FLOOR))
 
     seen_N, unseen_N = signal(readings.unlearned_N), signal(readings.shadow_KN).mean(axis=0)
     if readings.original_N is None:
@@ -211,70 +220,94 @@ def residuals(values_N: Floats, shadow_KN: Floats, own_spread: bool = True) -> F
 
 @dataclass(frozen=True, eq=False)
 class _Null:
-    """Residuals of models that never saw the samples, sorted; and what every model was centred by.
+    """Residuals of shadows that are left out in turn: models that never saw the samples, judged like any other.
 
-    A sample counts as remembered when it is so by both, as over-forgotten by ``plain`` alone: a model that is worse as
-    a whole, on the holdout too, has forgotten too much.
+    ``plain``: as they are. ``remembered``: less their mean on the holdout. A sample counts as remembered if it is so
+    for this model and as such; as over-forgotten by ``plain`` alone, since a model that is worse as a whole has
+    forgotten too much. ``gap``: the lower of the two for the original, against the same shadows; nan without one.
     """
 
     shadow_KN: Floats  # evidence
-    centred: Floats
+    beside_KM: Floats | None  # of the holdout
+    form: str
+    remembered: Floats
     plain: Floats
-    centre: float  # of the unlearned model
+    gap: Floats
     source: Literal["shadows", "shadows and holdout", "holdout", "none"]
 
     @classmethod
     def of(cls, kept: Readings, beside: Readings | None) -> _Null:
-        shadow_KN, none = evidence(kept.form, kept.shadow_KN), np.zeros(0)
+        shadow_KN, form = evidence(kept.form, kept.shadow_KN), kept.form
+        beside_KM = None if beside is None else evidence(form, beside.shadow_KN)
+        original_N = np.full(len(kept), np.nan) if kept.original_N is None else evidence(form, kept.original_N)
         if len(shadow_KN) == 1:
-            if beside is None:
-                return cls(shadow_KN, none, none, 0.0, "none")
-            own_M, beside_KM = evidence(kept.form, beside.unlearned_N), evidence(kept.form, beside.shadow_KN)
-            found = np.sort(residuals(own_M, beside_KM, own_spread=False))
-            return cls(shadow_KN, found, found, 0.0, "holdout")
-        beside_KM = none[None] if beside is None else evidence(kept.form, beside.shadow_KN)
-        own = cls._has_spread(shadow_KN)
-        centred, plain = [], []
+            if beside is None or beside_KM is None:
+                none = np.zeros(0)
+                return cls(shadow_KN, None, form, none, none, none, "none")
+            found = residuals(evidence(form, beside.unlearned_N), beside_KM, own_spread=False)
+            # The original never learnt the holdout; had it, it would read there as it usually does.
+            usual = np.full(len(beside), np.median(original_N) if len(kept) else np.nan)
+            gap = residuals(usual, beside_KM, own_spread=False)
+            return cls(shadow_KN, None, form, found, found, gap, "holdout")
+        unseen_M = None if beside is None or beside.original_N is None else evidence(form, beside.original_N)
+        own = len(shadow_KN) > 2  # else one is left when the other is judged, and no spread of a sample's own is known
+        parts = []
         for k in range(len(shadow_KN)):
-            found = residuals(shadow_KN[k], np.delete(shadow_KN, k, axis=0), own)
-            shift = 0.0
-            if beside is not None:
-                shift = float(residuals(beside_KM[k], np.delete(beside_KM, k, axis=0), own).mean())
-            centred.append(found - shift)
-            plain.append(found)
-        pools = np.sort(np.concatenate(centred)), np.sort(np.concatenate(plain))
-        if beside is None:
-            return cls(shadow_KN, *pools, 0.0, "shadows")
-        centre = float(residuals(evidence(kept.form, beside.unlearned_N), beside_KM, own).mean())
-        return cls(shadow_KN, *pools, centre, "shadows and holdout")
-
-    @staticmethod
-    def _has_spread(shadow_KN: Floats) -> bool:
-        """With two shadows, one is left when the other is judged: no spread of a sample's own is known then."""
-        return len(shadow_KN) > 2
+            others_KN = np.delete(shadow_KN, k, axis=0)
+            others_KM = None if beside_KM is None else np.delete(beside_KM, k, axis=0)
+            left_out = _centred(shadow_KN[k], others_KN, None if beside_KM is None else beside_KM[k], others_KM, own)
+            parts.append((*left_out, np.minimum(*_centred(original_N, others_KN, unseen_M, others_KM, own))))
+        plain, remembered, gap = (np.concatenate(part) for part in zip(*parts, strict=True))
+        source: Literal["shadows", "shadows and holdout"] = "shadows" if beside is None else "shadows and holdout"
+        return cls(shadow_KN, beside_KM, form, remembered, plain, gap, source)
 
     @property
     def size(self) -> int:
         return len(self.plain)
 
-    def residuals(self, values_N: Floats) -> Floats:
-        return residuals(values_N, self.shadow_KN, self._has_spread(self.shadow_KN))
+    def judge(self, values_N: Floats, unseen_M: Floats | None) -> tuple[Floats, Floats]:
+        """(residuals, the lower of them and the centred ones) of a model's readings, (N,) each."""
+        beside_M = None if unseen_M is None else evidence(self.form, unseen_M)
+        own = len(self.shadow_KN) > 2
+        plain_N, centred_N = _centred(evidence(self.form, values_N), self.shadow_KN, beside_M, self.beside_KM, own)
+        return plain_N, np.minimum(plain_N, centred_N)
 
-    def p_under(self, residual_N: Floats) -> Floats:
-        """The larger of the p-values with and without centring: remembered both for this model and as such."""
+    def where(self, chosen: NDArray[np.bool_]) -> _Null:
+        """A part of the readings."""
+        return replace(self, remembered=self.remembered[chosen], plain=self.plain[chosen], gap=self.gap[chosen])
+
+    def threshold(self, level: float) -> float:
+        """The smallest gap at which the original would be called, judged by readings with such a gap or more.
+
+        Among those from t on, a share (1 + #{remembered >= t}) / (1 + number) looks at least as remembered as an
+        original with gap t; t is the smallest with at most ``level`` of them, infinite where there is none.
+        """
+        at = np.sort(self.gap)
+        left = self.size - np.searchsorted(at, at, side="left")
+        high = self.size - np.searchsorted(np.sort(np.minimum(self.remembered, self.gap)), at, side="left")
+        found = np.flatnonzero((1 + high) / (1 + left) <= level)
+        return float(at[found[0]]) if found.size else float("inf")
+
+    def p_under(self, remembered_N: Floats) -> Floats:
         if not self.size:
-            return np.full(len(residual_N), np.nan)
-        centred_N = residual_N - self.centre
-        beyond_N = self.size - np.searchsorted(self.centred, centred_N, side="left")
-        return np.maximum(self.p_beyond(residual_N), (1 + beyond_N) / (1 + self.size))
-
-    def p_beyond(self, residual_N: Floats) -> Floats:
-        return np.asarray((1 + self.size - np.searchsorted(self.plain, residual_N, side="left")) / (1 + self.size))
+            return np.full(len(remembered_N), np.nan)
+        beyond_N = self.size - np.searchsorted(np.sort(self.remembered), remembered_N, side="left")
+        return np.asarray((1 + beyond_N) / (1 + self.size))
 
     def p_over(self, residual_N: Floats) -> Floats:
         if not self.size:
             return np.full(len(residual_N), np.nan)
-        return np.asarray((1 + np.searchsorted(self.plain, residual_N, side="right")) / (1 + self.size))
+        return np.asarray((1 + np.searchsorted(np.sort(self.plain), residual_N, side="right")) / (1 + self.size))
+
+
+def _centred(
+    values_N: Floats, shadow_KN: Floats, beside_M: Floats | None, beside_KM: Floats | None, own_spread: bool
+) -> tuple[Floats, Floats]:
+    """(residuals, residuals less their mean on the holdout), (N,) each; the same twice without a holdout."""
+    plain_N = residuals(values_N, shadow_KN, own_spread)
+    if beside_M is None or beside_KM is None:
+        return plain_N, plain_N
+    return plain_N, plain_N - float(residuals(beside_M, beside_KM, own_spread).mean())
 
 
 @dataclass(frozen=True)
