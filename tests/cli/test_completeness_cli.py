@@ -38,12 +38,17 @@ def expunge(*arguments: object) -> int:
     return int(end.value.code or 0)
 
 
-def population(path: Path, num: int, seed: int = 0, kept: float = 0.5, shadows: int = 3, prefix: str = "s") -> Path:
-    """A table of losses: the first part forgotten exactly (one more draw of a shadow), the rest as in the original."""
+def population(
+    path: Path, num: int, seed: int = 0, kept: float = 0.5, shadows: int = 3, prefix: str = "s", learnt: bool = True
+) -> Path:
+    """A table of losses: the first part forgotten exactly (one more draw of a shadow), the rest as in the original.
+
+    Without ``learnt`` the original never saw them either: a holdout.
+    """
     rng = np.random.default_rng(seed)
     hard_N = rng.gamma(8, 0.3, num) + 0.8
     out = np.maximum(hard_N * np.exp(rng.normal(0, 0.12, (shadows + 1, num))), 0.05)
-    original_N = 0.15 * hard_N * np.exp(rng.normal(0, 0.1, num))
+    original_N = hard_N * np.exp(rng.normal(0, 0.1, num)) * (0.15 if learnt else 1.0)
     member_N = np.arange(num) >= round(num * (1 - kept))
     columns = {
         "id": [f"{prefix}{i}" for i in range(num)],
@@ -96,7 +101,10 @@ def test_calibrated_answers_per_sample(tmp_path: Path, capsys: Captured) -> None
 
 
 def test_a_holdout_calibrates(tmp_path: Path, capsys: Captured) -> None:
-    path, unseen = population(tmp_path / "t.csv", 200), population(tmp_path / "h.csv", 200, 1, kept=0, prefix="h")
+    path, unseen = (
+        population(tmp_path / "t.csv", 200),
+        population(tmp_path / "h.csv", 200, 1, kept=0, prefix="h", learnt=False),
+    )
     assert expunge("--signals", path, "--form", "text", "--holdout", unseen, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["holdout"] == 200

@@ -84,16 +84,10 @@ def calibrate(
     Raises:
         UserError: level or fdr outside (0, 1), or a holdout with another form or number of shadows.
     """
-    for name, value in (("level", level), ("fdr", fdr)):
-        if not 0 < value < 1:
-            raise UserError(f"{name} = {value} is not between 0 and 1: give for example 0.05.")
-    if holdout is not None and (holdout.form, holdout.num_shadows) != (readings.form, readings.num_shadows):
-        raise UserError(
-            f"the holdout has {holdout.num_shadows} shadow(s) in form {holdout.form}, the samples have "
-            f"{readings.num_shadows} in form {readings.form}: give the same models for both."
-        )
+    _check(readings, level, fdr, holdout)
     order = sorted(range(len(readings)), key=lambda i: readings.ids[i])  # sums do not depend on the order of rows
-    place_N = np.array([i for i in order if readings.complete()[i]], dtype=np.intp)
+    whole_N = readings.complete()
+    place_N = np.array([i for i in order if whole_N[i]], dtype=np.intp)
     kept = readings.select(place_N.tolist())
     beside = None if holdout is None else holdout.select(holdout.complete())
     if beside is not None and not len(beside):
@@ -103,27 +97,11 @@ def calibrate(
 
     null = _Null.of(kept, beside)
     residual_N, remembered_N = null.judge(kept.unlearned_N, None if beside is None else beside.unlearned_N)
-    gap_N = np.full(len(kept), np.nan)
-    if kept.original_N is None:
-        auditable_N = np.full(len(kept), null.size > 0)
-        near, others = null, null
-        notes.append("no original was given: which samples could have been told apart at all is not known.")
-    else:
-        gap_N, clear_N = null.judge(kept.original_N, None if beside is None else beside.original_N)
-        threshold = null.threshold(level)
-        auditable_N = clear_N >= threshold
-        near, others = null.where(null.gap >= threshold), null.where(null.gap < threshold)
+    auditable_N, gap_N, near, others, said = _auditable(null, kept, beside, level)
+    notes += said
     p_under_N = np.where(auditable_N, near.p_under(remembered_N), others.p_under(remembered_N))
     p_over_N = np.where(auditable_N, near.p_over(residual_N), others.p_over(residual_N))
-    if not null.size and len(kept):
-        notes.append("one shadow and no holdout: nothing to calibrate on, so no verdict; give a second shadow.")
-    num = int(auditable_N.sum())
-    if num and 1 / (1 + near.size) > fdr / num:
-        least = int(np.ceil(num / (fdr * (1 + near.size))))
-        notes.append(
-            f"with {near.size} never-seen readings a verdict needs at least {least} samples of the {num} auditable "
-            "ones to stand out together: more shadows or holdout samples make it finer."
-        )
+    notes += _resolution(null, near, int(auditable_N.sum()), len(kept), fdr)
     under_N, over_N = (_discoveries(p_N, auditable_N, fdr) for p_N in (p_under_N, p_over_N))
     with np.errstate(divide="ignore", invalid="ignore"):
         position_N = np.where(auditable_N, residual_N / gap_N, np.nan)
@@ -157,6 +135,55 @@ def calibrate(
         1 / (1 + max(near.size, others.size)),
         tuple(notes),
     )
+
+
+def _check(readings: Readings, level: float, fdr: float, holdout: Readings | None) -> None:
+    for name, value in (("level", level), ("fdr", fdr)):
+        if not 0 < value < 1:
+            raise UserError(f"{name} = {value} is not between 0 and 1: give for example 0.05.")
+    if holdout is not None and (holdout.form, holdout.num_shadows) != (readings.form, readings.num_shadows):
+        raise UserError(
+            f"the holdout has {holdout.num_shadows} shadow(s) in form {holdout.form}, the samples have "
+            f"{readings.num_shadows} in form {readings.form}: give the same models for both."
+        )
+
+
+def _auditable(
+    null: _Null, kept: Readings, beside: Readings | None, level: float
+) -> tuple[NDArray[np.bool_], Floats, _Null, _Null, list[str]]:
+    """(which samples are auditable, gaps, null distribution of these, of the others, notes)."""
+    if kept.original_N is None:
+        note = "no original was given: which samples could have been told apart at all is not known."
+        return np.full(len(kept), null.size > 0), np.full(len(kept), np.nan), null, null, [note]
+    notes = []
+    gap_N, clear_N = null.judge(kept.original_N, None if beside is None else beside.original_N)
+    if len(kept) and float(np.mean(gap_N)) > 0 and float(np.mean(gap_N - clear_N)) > float(np.mean(gap_N)) / 2:
+        notes.append("the original knows the holdout half as well as the samples or better: was it trained on it?")
+    threshold = null.threshold(level)
+    if np.isfinite(threshold):
+        near, others = null.where(null.gap >= threshold), null.where(null.gap < threshold)
+        return clear_N >= threshold, gap_N, near, others, notes
+    # Too few readings to choose among: all of them are the null distribution, and the reader is told.
+    auditable_N = null.p_under(clear_N) <= level if null.size else np.zeros(len(kept), dtype=bool)
+    if auditable_N.any():
+        notes.append(
+            f"{null.size} never-seen readings are too few to correct for the choice of auditable samples, so somewhat "
+            "more of them than chance may be called: give more shadows."
+        )
+    return auditable_N, gap_N, null, null, notes
+
+
+def _resolution(null: _Null, near: _Null, num: int, total: int, fdr: float) -> list[str]:
+    """What the number of never-seen readings does not allow."""
+    if not null.size and total:
+        return ["one shadow and no holdout: nothing to calibrate on, so no verdict; give a second shadow."]
+    if not num or 1 / (1 + near.size) <= fdr / num:
+        return []
+    least = int(np.ceil(num / (fdr * (1 + near.size))))
+    return [
+        f"with {near.size} never-seen readings a verdict needs at least {least} samples of the {num} auditable "
+        "ones to stand out together: more shadows make it finer."
+    ]
 
 
 def score(readings: Readings) -> Floats:
