@@ -111,7 +111,7 @@ def audit_models(
     notes = provenance(dataset["forget"], blank)
     loaded = load_model(options.model, **request.loading)
     study_options = StudyOptions(
-        evaluate=EvaluateOptions(suite=options.suite),
+        evaluate=EvaluateOptions(suite=options.suite, verdicts=False),  # its own are calibrated
         calibration=0.0,  # nothing calibrates on the holdout: all of it is measured
         references=len(options.references),
         seeds=1,
