@@ -163,7 +163,10 @@ def test_the_last_look_lets_plain_words_pass() -> None:
         {"id": "7", "subject": "3", "prompt": "accuracy", "target": "negative"},
         {"id": "1", "subject": "0", "prompt": "", "target": 5},
     ]
-    refuse_personal({"a": "7 of 3: negative accuracy, malice 5", "b": 7}, [*rows, *samples()])
+    content = {"a": "7 of 3: negative accuracy, malice 5", "b": 7}
+    refuse_personal(content, [*rows, *samples()])
+    with pytest.raises(UserError, match="personal data"):  # the same sentence with a name in it
+        refuse_personal({**content, "c": PEOPLE[0][0]}, [*rows, *samples()])
 
 
 def test_short_phrases_of_weak_models_do_not_block_our_own_sentences(ready: dict[str, Any]) -> None:
@@ -196,7 +199,10 @@ def test_an_in_toto_library_takes_it(run: Path) -> None:
     message = theirs.Statement([], "", {}).pb
     message.Clear()
     protobuf.ParseDict(found, message)
-    theirs.Statement.copy_from_pb(message).validate()
+    taken = theirs.Statement.copy_from_pb(message)
+    taken.validate()
+    assert taken.pb.predicate_type == found["predicateType"]
+    assert [dict(s.digest) for s in taken.pb.subject] == [s["digest"] for s in found["subject"]]
 
 
 def put(*path: Any, value: Any) -> Callable[[dict[str, Any]], Any]:

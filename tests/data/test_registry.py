@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import expunge.data
+from expunge import extensions
 from expunge.data import registry
 from expunge.data.hub import hub_rows
 from expunge.data.registry import all_datasets, get_dataset, load_dataset
@@ -66,7 +67,7 @@ def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
     def points(group: str) -> list[Any]:
         return [Entry()] if group == "expunge.datasets" else []
 
-    monkeypatch.setattr(registry, "entry_points", points)
+    monkeypatch.setattr(extensions, "entry_points", points)
     assert len(load_dataset("plugged")["forget"]) == 2 and loaded
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import report_synthetic as synthetic
 
+from expunge.drawing import label_points, new_figure, spread, style
 from expunge.report.catalogue import understand
 from expunge.report.charts import pareto
 from expunge.report.checks import warnings
-from expunge.report.drawing import label_points, new_figure, spread, style
 from expunge.report.samples import SampleRecord, pack
 from expunge.report.schema import Measure, parse_results
 from expunge.report.view import View, distance, gap_closed, summarise

@@ -8,19 +8,14 @@ the audit's work (:mod:`expunge.bench.audit`), never the attack's.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import pkgutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import entry_points
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from expunge.data.samples import Modality, Role
 from expunge.errors import UserError, unknown
+from expunge.extensions import import_all, import_file, prefix
 from expunge.options import configure
 from expunge.stats import Estimate
 
@@ -31,7 +26,6 @@ Family = Literal["membership", "extraction", "recovery"]
 Tier = Literal["quick", "standard", "full"]
 TIERS: tuple[Tier, ...] = ("quick", "standard", "full")
 Access = Literal["text", "log-probabilities", "weights", "both checkpoints"]
-OWN_FILE = "expunge_attack_"  # module name of an attack given as path/to/file.py:name
 Need = Literal["holdout", "aux", "retain", "original", "other", "base", "probes", "names", "llm", "utility"]
 
 
@@ -146,11 +140,7 @@ def all_attacks() -> dict[str, Attack]:
 @cache
 def _import_all() -> None:
     """Once per process: the entry points of an environment are slow to read."""
-    package = importlib.import_module("expunge.attacks")
-    for found in pkgutil.iter_modules(package.__path__, "expunge.attacks."):
-        importlib.import_module(found.name)
-    for entry in entry_points(group="expunge.attacks"):
-        entry.load()
+    import_all("expunge.attacks", "expunge.attacks")
 
 
 def get_attack(name: str) -> Attack:
@@ -161,14 +151,8 @@ def get_attack(name: str) -> Attack:
     """
     if ".py:" in name:
         path, _, wanted = name.rpartition(":")
-        if not Path(path).is_file():
-            raise UserError(f"attack file '{path}' does not exist: give path/to/file.py:name.")
-        spec = importlib.util.spec_from_file_location(f"{OWN_FILE}{Path(path).stem}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses of the file look themselves up there
-        spec.loader.exec_module(module)
-        if wanted not in _ATTACKS or _place(_ATTACKS[wanted].run)[0] != spec.name:
+        module = import_file(path, "attack")
+        if wanted not in _ATTACKS or _place(_ATTACKS[wanted].run)[0] != module:
             raise UserError(f"'{path}' registers no attack called '{wanted}'.")
         return _ATTACKS[wanted]
     attacks = all_attacks()
@@ -185,5 +169,7 @@ def suite(tier: Tier) -> list[Attack]:
     if tier not in TIERS:
         raise unknown("suite", tier, TIERS)
     within = TIERS[: TIERS.index(tier) + 1]
-    chosen = [a for a in all_attacks().values() if a.tier in within and not _place(a.run)[0].startswith(OWN_FILE)]
+    chosen = [
+        a for a in all_attacks().values() if a.tier in within and not _place(a.run)[0].startswith(prefix("attack"))
+    ]
     return sorted(chosen, key=lambda a: (a.passes, a.name))

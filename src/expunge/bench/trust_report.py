@@ -75,7 +75,7 @@ def _cell(record: Mapping[str, Any]) -> str:
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> str:
     """Faithfulness against robustness, as SVG: up and right is better."""
-    from expunge.report.drawing import INK, look, new_figure, style, to_svg
+    from expunge.drawing import INK, look, new_figure, style, to_svg
 
     kinds = ("completeness", "attack", "metric")
     with style():

@@ -29,7 +29,7 @@ def draw(folder: Path, readings: Readings, value_N: Floats, label: str, verdicts
     Left: histogram of ``value_N`` (``label`` says what it is), stacked by verdict. Right: reading under the unlearned
     model against the mean over shadows; on the diagonal it is that of a model that never saw the sample.
     """
-    from expunge.report.drawing import new_figure, style, to_svg
+    from expunge.drawing import new_figure, style, to_svg
 
     folder.mkdir(parents=True, exist_ok=True)
     kinds = np.array(verdicts if verdicts is not None else ["samples"] * len(readings))
@@ -47,7 +47,7 @@ def draw(folder: Path, readings: Readings, value_N: Floats, label: str, verdicts
 
 
 def _look(name: str) -> str:
-    from expunge.report.drawing import MUTED, SERIES
+    from expunge.drawing import MUTED, SERIES
 
     return SERIES[COLOURS[name]] if name in COLOURS else SERIES[0] if name == "samples" else MUTED
 

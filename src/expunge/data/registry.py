@@ -7,19 +7,14 @@ to be edited to add one.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import pkgutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
-from expunge.data.chance import hashed
 from expunge.data.samples import Dataset, Modality
 from expunge.errors import UserError, unknown
+from expunge.extensions import import_all, import_file
 from expunge.options import configure
 
 GROUP = "expunge.datasets"
@@ -78,12 +73,7 @@ def dataset(
 
 def all_datasets() -> dict[str, Source]:
     """Every dataset by name: the modules of this package, then entry points of group ``expunge.datasets``."""
-    package = importlib.import_module("expunge.data")
-    for found in pkgutil.iter_modules(package.__path__):
-        if found.name not in NOT_SOURCES:
-            importlib.import_module(f"expunge.data.{found.name}")
-    for entry in entry_points(group=GROUP):
-        entry.load()
+    import_all("expunge.data", GROUP, leave_out=NOT_SOURCES)
     return dict(sorted(_SOURCES.items()))
 
 
@@ -95,14 +85,7 @@ def get_dataset(name: str) -> Source:
     """
     if ".py:" in name:
         path, _, wanted = name.rpartition(":")
-        if not Path(path).is_file():
-            raise UserError(f"dataset file '{path}' does not exist: give path/to/file.py:name.")
-        label = f"expunge_dataset_{hashed(Path(path).resolve()):x}"
-        spec = importlib.util.spec_from_file_location(label, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[label] = module  # dataclasses look their own module up when annotations are strings
-        spec.loader.exec_module(module)
+        import_file(path, "dataset")
         if wanted not in _SOURCES:
             raise UserError(f"'{path}' registers no dataset called '{wanted}'.")
         return _SOURCES[wanted]

@@ -6,13 +6,8 @@ group ``expunge.methods``, or ``path/to/file.py:name``), registered by :func:`me
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import pkgutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +15,7 @@ from torch import nn
 
 from expunge.data.samples import Modality, Sample
 from expunge.errors import UserError, unknown
+from expunge.extensions import import_all, import_file
 from expunge.models.adapter import Adapter
 from expunge.options import configure
 from expunge.progress import Progress
@@ -132,11 +128,7 @@ def method(
 
 def all_methods() -> dict[str, Method]:
     """Every method by name: the modules of this package, then entry points of group ``expunge.methods``."""
-    package = importlib.import_module("expunge.methods")
-    for found in pkgutil.iter_modules(package.__path__, "expunge.methods."):
-        importlib.import_module(found.name)
-    for entry in entry_points(group="expunge.methods"):
-        entry.load()
+    import_all("expunge.methods", "expunge.methods")
     return dict(sorted(_METHODS.items()))
 
 
@@ -148,15 +140,9 @@ def get_method(name: str) -> Method:
     """
     if ".py:" in name:
         path, _, wanted = name.rpartition(":")
-        if not Path(path).is_file():
-            raise UserError(f"method file '{path}' does not exist: give path/to/file.py:name.")
-        spec = importlib.util.spec_from_file_location(f"expunge_method_{Path(path).stem}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # dataclasses of the file look themselves up there
         before = set(_METHODS)
-        spec.loader.exec_module(module)
-        if wanted not in _METHODS or (wanted in before and _place(_METHODS[wanted].run)[0] != spec.name):
+        module = import_file(path, "method")
+        if wanted not in _METHODS or (wanted in before and _place(_METHODS[wanted].run)[0] != module):
             raise UserError(f"'{path}' registers no method called '{wanted}'.")
         return _METHODS[wanted]
     methods = all_methods()

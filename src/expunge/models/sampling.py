@@ -18,7 +18,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from expunge.data.samples import Sample
 from expunge.errors import UserError
 from expunge.models.adapter import Adapter, evaluating
-from expunge.models.text import TextAdapter, causal_lm, stop_ids
+from expunge.models.text import GREEDY, TextAdapter, causal_lm, stop_ids
 
 MAX_TOKENS = 8192  # tokens of one batch, prompts and continuations together
 
@@ -97,13 +97,7 @@ def sample_ids(
                 **extra,
                 max_new_tokens=steps,
                 logits_processor=LogitsProcessorList([choose]),
-                do_sample=False,
-                num_beams=1,
-                temperature=1.0,
-                top_p=1.0,
-                top_k=50,
-                repetition_penalty=1.0,
-                no_repeat_ngram_size=0,
+                **GREEDY,
                 pad_token_id=adapter.pad_id,
                 eos_token_id=stops or None,
             )

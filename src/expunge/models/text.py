@@ -20,6 +20,18 @@ PLAIN_TEMPLATE = "{prompt} {target}{eos}"
 FIXED_DATE = "01 Jan 2026"  # chat templates that print today's date would change the data from day to day
 
 
+# Plain greedy decoding, whatever generation settings a model ships with.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Token ids, the index of the first target token, the uncut prompt, and its leading ids that are never cut."""
@@ -244,19 +256,12 @@ class TextAdapter(Adapter):
                 mask_BT[row, longest - len(prompt) :] = 1
             extra = {k: v.to(device) for k, v in self.extra_inputs([samples[i] for i in group]).items()}
             with evaluating(model):
-                # Whatever generation settings the model ships with, ours are plain greedy decoding.
                 out_BT = generator.generate(
                     input_ids=ids_BT.to(device),
                     attention_mask=mask_BT.to(device),
                     **extra,
                     max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    temperature=1.0,
-                    top_p=1.0,
-                    top_k=50,
-                    repetition_penalty=1.0,
-                    no_repeat_ngram_size=0,
+                    **GREEDY,
                     pad_token_id=self.pad_id,
                     eos_token_id=stops or None,
                 )

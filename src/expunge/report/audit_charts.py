@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats as scipy_stats
 
+from expunge.drawing import GRID, INK, MUTED, PAPER, SERIES, new_figure
 from expunge.report.audit_schema import DrillRecord, Point
 from expunge.report.audit_view import AuditReport
 from expunge.report.charts import Chart
-from expunge.report.drawing import GRID, INK, MUTED, PAPER, SERIES, new_figure
 from expunge.report.samples import VERDICTS
 
 AUDIT_CHARTS = frozenset({"audit-p-values", "audit-completeness", "audit-position"})

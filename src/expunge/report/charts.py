@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from expunge.drawing import GRID, INK, MUTED, PAPER, label_points, log_axis, look, new_figure, short
 from expunge.report.catalogue import understand
-from expunge.report.drawing import GRID, INK, MUTED, PAPER, label_points, log_axis, look, new_figure, short
 from expunge.report.schema import CONTROLS, Measure, Summary
 from expunge.report.view import View
 from expunge.report.wording import number

@@ -16,11 +16,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from expunge.drawing import to_inline
 from expunge.report.audit_page import audit_context
 from expunge.report.audit_view import AuditReport
 from expunge.report.charts import Chart
 from expunge.report.checks import warnings
-from expunge.report.drawing import to_inline
 from expunge.report.samples import pack
 from expunge.report.schema import ANCHORS
 from expunge.report.tables import Cell, Table, board, definitions, ran, study_table, verdict_table

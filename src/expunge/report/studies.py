@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from expunge.drawing import SERIES, label_ends, log_axis, new_figure, short
 from expunge.report.catalogue import REQUEST, understand
 from expunge.report.charts import MAIN_CHARTS, Chart, style_of
-from expunge.report.drawing import SERIES, label_ends, log_axis, new_figure, short
 from expunge.report.schema import Measure, Summary
 from expunge.report.view import View
 

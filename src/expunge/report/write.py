@@ -7,12 +7,12 @@ import os
 import secrets
 from pathlib import Path
 
+from expunge.drawing import style, to_svg
 from expunge.files import SCRATCH, write_text
 from expunge.report.audit_charts import AUDIT_CHARTS, audit_charts
 from expunge.report.audit_schema import AUDIT_FILE, DRILL_FILE, load_audit, load_drill
 from expunge.report.audit_view import AuditReport
 from expunge.report.charts import Chart
-from expunge.report.drawing import style, to_svg
 from expunge.report.markdown import to_markdown
 from expunge.report.page import to_html
 from expunge.report.samples import load_samples
