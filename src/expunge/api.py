@@ -14,7 +14,7 @@ from typing import Any
 
 from expunge.bench.audit import AuditOptions, audit_models, failures
 from expunge.bench.evaluate import EvaluateOptions
-from expunge.bench.plan import Entry, StudyOptions, check_study, parse_methods
+from expunge.bench.plan import SCOPE, StudyOptions, check_study, entry_of, parse_method, parse_methods
 from expunge.bench.prepare import Workshop, check_preset, start_model
 from expunge.bench.single import (
     Request,
@@ -30,12 +30,10 @@ from expunge.bench.zones import check_zone, train_zone
 from expunge.certify import issue as _issue
 from expunge.certify import signing as _signing
 from expunge.certify import verify as _verify
-from expunge.certify.sections import read_sections
 from expunge.completeness import run as _completeness
 from expunge.data.samples import Dataset, Role
 from expunge.errors import UserError
 from expunge.files import digest_folder
-from expunge.methods.registry import get_method
 from expunge.models.folder import inspect, resolve
 from expunge.models.load import device_of
 from expunge.options import configure
@@ -144,6 +142,11 @@ def unlearn(
     delete: Sequence[str] = (),
     method: str = "cluster",
     set: Mapping[str, Any] | None = None,
+    scope: str = "all",
+    then: Sequence[str] = (),
+    llm: Callable[[str], str] | None = None,
+    keep_helpers: Text | None = None,
+    optimizer: str | None = None,
     base: Text | None = None,
     references: Sequence[Text] = (),
     suite: str = "standard",
@@ -184,11 +187,12 @@ def unlearn(
         data_seed=data_seed,
     )
     settings = {k: str(v) for k, v in (set or {}).items()}
-    for key, value in (("epochs", epochs), ("batch_size", batch_size), ("learning_rate", learning_rate)):
-        if value is not None:
-            settings[key] = str(value)
-    entry = Entry(method, get_method(method), settings)
-    entry.configured()
+    given = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "optimizer": optimizer}
+    settings |= {key: str(value) for key, value in given.items() if value is not None}
+    if scope != "all":
+        settings[SCOPE] = scope
+    label = ">".join([method, *then])
+    entry = entry_of(label, method, settings, [parse_method(step) for step in then])
     options = StudyOptions(evaluate=EvaluateOptions(suite="quick" if suite == "none" else suite))
     options.evaluate.resolved()
     dataset = request.dataset()
@@ -197,7 +201,7 @@ def unlearn(
     check_models(base, *references)
     folders = [str(r) for r in references]
     before = None if base is None else str(base)
-    config = {"model": str(model), "base": before, "method": method, "set": settings, "references": folders}
+    config = {"model": str(model), "base": before, "method": label, "set": settings, "references": folders}
     config |= {"suite": suite, **request.config()}
     if dry_run:
         return Result(Path(out), plan={"config": config, "estimate": estimate})
@@ -213,6 +217,8 @@ def unlearn(
                 base=before,
                 references=folders,
                 earlier=before_this,
+                llm=llm,
+                keep_helpers=None if keep_helpers is None else Path(keep_helpers),
                 measured=suite != "none",
                 progress=shown(quiet, run),
             )
@@ -519,16 +525,16 @@ def demo(out: Text = "runs/demo", *, seed: int = 0, quiet: bool = True) -> Resul
 
 
 def collect_evidence(run: Text) -> tuple[str, ...]:
-    """Recompute what an ``unlearn`` run can bring forward for its certificate, from its data: near-duplicates, the
-    removal from a zone, what the models around it were trained on. The names of the sections, written to the run's
-    evidence.json; none when they are there already.
+    """Recompute what an ``unlearn`` or ``audit`` run can bring forward for its certificate, from its data and models:
+    near-duplicates, the removal from a zone, what the models around it were trained on, how far what stays has moved,
+    guesses about canaries. The names of the sections, written to the run's evidence.json.
 
     Raises:
         UserError: the data is not there any more, or has changed.
     """
     from expunge.certify.collect import collect
 
-    return collect(run, run_dataset(run)) if read_sections(Path(run)).duplicates is None else ()
+    return collect(run, run_dataset(run))
 
 
 def run_dataset(run: Text) -> Dataset:

@@ -2,58 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from expunge.bench.evaluate import EvaluateOptions
 from expunge.data.deletion import sequence
 from expunge.data.samples import Dataset
 from expunge.errors import UserError
+from expunge.methods.compose import chain
 from expunge.methods.registry import Method, all_methods, get_method
+from expunge.methods.scope import Scope, get_scope
 from expunge.options import option
+
+SCOPE = "scope"  # the setting that every method has
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A method with its settings; ``label`` names its row."""
+    """A method with its settings; ``label`` names its row.
+
+    Settings ``scope`` and ``scope.KEY`` name a selector of weights and its options. ``then``: methods that edit the
+    result afterwards, each with settings of its own.
+    """
 
     label: str
     method: Method
     settings: dict[str, str] = field(default_factory=dict)
+    then: tuple[Entry, ...] = ()
 
-    def configured(self, more: dict[str, Any] | None = None) -> Any:
-        return self.method.configure({**self.settings, **(more or {})})
+    def scope(self) -> Scope | None:
+        """Which weights may move; None for all."""
+        own = {k.removeprefix(SCOPE + "."): v for k, v in self.settings.items() if k.startswith(SCOPE + ".")}
+        return get_scope(self.settings.get(SCOPE, "all"), own)
+
+    def configured(self, more: Mapping[str, Any] | None = None) -> Any:
+        """The first method's options."""
+        settings = {**self.settings, **(more or {})}
+        return self.method.configure({k: v for k, v in settings.items() if k.split(".")[0] != SCOPE})
+
+    def whole(self, more: Mapping[str, Any] | None = None) -> tuple[Method, Any]:
+        """What is run: the method, or the chain of methods, and the options of the first."""
+        options = self.configured(more)
+        if not self.then:
+            return self.method, options
+        return chain([(self.method, options), *(step.whole() for step in self.then)]), options
+
+
+def entry_of(label: str, name: str, settings: Mapping[str, str], then: Sequence[Entry] = ()) -> Entry:
+    """An entry whose options and scope have been read once, so that what is wrong shows before anything is loaded."""
+    entry = Entry(label, get_method(name), dict(settings), tuple(then))
+    entry.whole()
+    entry.scope()
+    return entry
 
 
 def parse_methods(text: str) -> list[Entry]:
     """``all``, or a comma list of names with settings: ``npo:retain=kl;beta=0.05,cluster``.
 
+    ``npo:scope=salun;scope.share=0.3`` restricts a method to some weights; ``npo>task-vector:scale=0.5`` runs one after
+    another.
+
     Raises:
         UserError: unknown method or option (the nearest is suggested), or the same entry twice.
     """
     entries: list[Entry] = []
-    edits = [n for n in all_methods() if n != "retrain" and not n.startswith("zone-")]  # those need a model with a zone
-    names = edits if text.strip() == "all" else text.split(",")
+    names = everything() if text.strip() == "all" else text.split(",")
     for raw in names:
         item = raw.strip()
         if not item:
             continue
-        name, _, settings_text = item.partition(":") if ".py:" not in item else (item, "", "")
-        settings: dict[str, str] = {}
-        for pair in filter(None, settings_text.split(";")):
-            key, equals, value = pair.partition("=")
-            if not equals:
-                raise UserError(f"method setting '{pair}' is not key=value: write for example npo:beta=0.05;retain=kl.")
-            settings[key.strip()] = value.strip()
-        entry = Entry(item, get_method(name), settings)
-        entry.configured()
+        first, *rest = (parse_method(step.strip()) for step in item.split(">"))
+        entry = replace(first, label=item, then=tuple(rest))
         if any(entry.label == other.label for other in entries):
             raise UserError(f"method '{item}' is listed twice: list it once.")
         entries.append(entry)
     if not entries:
         raise UserError("no method was named: use --methods all, or a comma list such as npo,cluster.")
     return entries
+
+
+def everything() -> list[str]:
+    """The methods that ``all`` stands for: every one that a study can run on its own."""
+    return [
+        n for n, m in all_methods().items() if m.changes not in ("new", "memory") and "llm" not in m.needs
+    ]  # retraining is the yardstick, and zones need a model with a zone
+
+
+def parse_method(item: str) -> Entry:
+    """``name``, or ``name:key=value;…``.
+
+    Raises:
+        UserError: see :func:`parse_methods`.
+    """
+    name, _, settings_text = item.partition(":") if ".py:" not in item else (item, "", "")
+    settings: dict[str, str] = {}
+    for pair in filter(None, settings_text.split(";")):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"method setting '{pair}' is not key=value: write for example npo:beta=0.05;retain=kl.")
+        settings[key.strip()] = value.strip()
+    return entry_of(item, name, settings)
 
 
 def check_study(dataset: Dataset, options: StudyOptions) -> None:

@@ -293,6 +293,7 @@ class Study:
             retain=dataset["retain"],
             unseen=self.unseen,
             base=None if self.options.blind else self.shop.base,
+            scope=entry.scope(),
             seed=seed,
             work=self.run.folder / "work" / slug(key),
             progress=self.progress,
@@ -330,6 +331,7 @@ class Study:
         if self.has(key) and not in_place:
             return results.read_row(self.run, key)
         self.announce(key)
+        method, _ = entry.whole()
         model = original if in_place else copy.deepcopy(original)
         context = self.context(entry, model, seed, dataset, key)
         context.earlier = earlier
@@ -338,10 +340,10 @@ class Study:
             "kind": "method",
             "seed": seed,
             "position": position,
-            "properties": results.properties(entry.method),
+            "properties": results.properties(method),
         }
         try:
-            outcome, cost = self.apply(context, entry.method, entry.method.configure(settings))
+            outcome, cost = self.apply(context, *entry.whole(settings))
         except Exception as error:  # one method's defect must not cost the rows of the others
             failed = self.failure(key, error)
             self.progress.say(f"{key} failed: {failed}")

@@ -103,7 +103,7 @@ def tuned(study: Study, trials: int) -> dict[str, dict[str, Any]]:
             study.announce(f"tune/{entry.label}, trial {number + 1} of {trials}")
             try:
                 context = study.context(entry, copy.deepcopy(original), 0, dataset, f"tune/{entry.label}/{number}")
-                outcome, cost = study.apply(context, entry.method, entry.method.configure(settings))
+                outcome, cost = study.apply(context, *entry.whole(settings))
                 found = evaluate(outcome.model, adapter, dataset, references=references, original=start, options=quick)
                 spent = cost.record(study.shop.retraining("~tune"))
                 scored = score(found.metrics, spent["share_of_retraining"] or 0.0)

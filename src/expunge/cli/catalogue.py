@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-KINDS = ("methods", "attacks", "metrics", "datasets", "models")
+KINDS = ("methods", "scopes", "attacks", "metrics", "datasets", "models")
 # Which attribute of a registry's entry is shown under which word, in reading order.
 SHOWN = {
     "modality": "modality",
@@ -22,6 +22,7 @@ SHOWN = {
     "removes_from_weights": "removes from weights",
     "helpers_hold_data": "helper models hold the data",
     "sequential": "sequence of requests",
+    "changes": "changes",
     "family": "family",
     "tier": "from suite",
     "access": "attacker sees",
@@ -70,6 +71,7 @@ def catalogue(kind: str) -> dict[str, Entry]:
     """Everything of one of :data:`KINDS` by name."""
     entries = {
         "methods": _methods,
+        "scopes": _scopes,
         "attacks": _attacks,
         "metrics": _metrics,
         "datasets": _datasets,
@@ -82,6 +84,12 @@ def _methods() -> Mapping[str, Any]:
     from expunge.methods.registry import all_methods
 
     return all_methods()
+
+
+def _scopes() -> Mapping[str, Any]:
+    from expunge.methods.scope import all_selectors
+
+    return all_selectors()
 
 
 def _datasets() -> Mapping[str, Any]:

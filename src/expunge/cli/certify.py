@@ -44,13 +44,23 @@ def command(
         typer.Option("--oms-key", help="P-256 private key: the model is also signed by OpenSSF Model Signing."),
     ] = None,
     collect: Annotated[
-        bool, typer.Option("--collect", help="First recompute evidence from the run's data, where it has none yet.")
+        bool, typer.Option("--collect", help="First recompute evidence from the run's data and models.")
     ] = False,
+    study: Annotated[
+        Path | None,
+        typer.Option(
+            "--study", metavar="RUN", help="Bench run of this method over seeds: evidence for L2; with --plan."
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="YAML file with 'fixed', a time before the study, and 'margins'.")
+    ] = None,
     json: Json = False,
 ) -> int:
     """Sign what a run shows about its model: claims, evidence, and what is not claimed.
 
-    Claims of exactness need --collect: it looks for near-duplicates and computes the removal from a zone again.
+    Claims of exactness need --collect: it looks for near-duplicates and computes the removal from a zone again. Claims
+    of equivalence over seeds need --study and --plan.
     certificate.json, its keys of commitments and a page for people go into the run folder. Without --key it shows what
     would be signed. The exit code is 1 when nothing can be certified: the certificate then says so.
 
@@ -70,10 +80,16 @@ def command(
         disposal=disposals(disposal),
         timestamp=None if timestamp is None else token(timestamp),
     )
+    if (study is None) != (plan is None):
+        raise UserError("--study and --plan belong together: runs over seeds, and the margins fixed before them.")
     if collect:
         from expunge.api import collect_evidence
 
         collect_evidence(run)
+    if study is not None and plan is not None:
+        from expunge.certify.study import collect_study, read_plan
+
+        collect_study(run, study, read_plan(plan))
     made = certify(run, key=key, model=model, out=out, request=given, oms_key=oms_key, days=days)
     places = {"certificate": made.certificate, "keys": made.keys, "page": made.page, "oms": made.oms}
     record = {k: v for k, v in places.items() if v is not None} | {"new": made.new, "verdict": made.verdict}

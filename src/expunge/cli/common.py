@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from expunge.errors import UserError
+from expunge.extensions import import_file
 from expunge.files import to_json
 from expunge.progress import Progress
 
@@ -107,6 +108,22 @@ def key_values(given: Iterable[str] | None, option: str = "--set") -> dict[str, 
             raise UserError(f"{option} gives '{key}' twice ({values[key]} and {value.strip()}): give it once.")
         values[key] = value.strip()
     return values
+
+
+def function_of(text: str, option: str) -> Callable[[str], str]:
+    """The function of ``path/to/file.py:name``.
+
+    Raises:
+        UserError: not of that form, no such file, or no such function in it.
+    """
+    path, colon, name = text.rpartition(":")
+    if not colon or not path.endswith(".py"):
+        raise UserError(f"{option} '{text}' is not path/to/file.py:name: give the file and the function in it.")
+    found = getattr(sys.modules[import_file(path, "function")], name, None)
+    if not callable(found):
+        raise UserError(f"'{path}' has no function called '{name}': check the name in {option}.")
+    chosen: Callable[[str], str] = found
+    return chosen
 
 
 def commas(text: str | None) -> list[str]:

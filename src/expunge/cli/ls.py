@@ -17,7 +17,7 @@ def command(
     kind: Annotated[str, typer.Argument(help=f"What to list: {', '.join(KINDS)}.")],
     json: Json = False,
 ) -> None:
-    """List the methods, attacks, metrics, datasets or models that can be named.
+    """List the methods, scopes, attacks, metrics, datasets or models that can be named.
 
     Those of installed extensions are listed with the others.
 

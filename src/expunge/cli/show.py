@@ -15,7 +15,7 @@ def command(
     name: Annotated[str, typer.Argument(help="A name, or kind/name where several kinds have it.")],
     json: Json = False,
 ) -> None:
-    """Show one method, attack, metric, dataset or model: properties, formula, options, paper.
+    """Show one method, scope, attack, metric, dataset or model: properties, formula, options, paper.
 
     Examples:
       expunge show npo

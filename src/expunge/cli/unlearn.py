@@ -32,6 +32,7 @@ from expunge.cli.common import (
     Set,
     Template,
     Utility,
+    function_of,
     key_values,
     pairs,
 )
@@ -54,6 +55,23 @@ def command(
     delete: Delete = None,
     method: Annotated[str, typer.Option("--method", help="Method; see 'expunge ls methods'.")] = "cluster",
     set_: Set = None,
+    scope: Annotated[
+        str, typer.Option("--scope", help="Which weights may move: all, or a selector; see 'expunge ls scopes'.")
+    ] = "all",
+    then: Annotated[
+        list[str] | None,
+        typer.Option("--then", metavar="METHOD[:KEY=VALUE;...]", help="A method to run afterwards; repeat for more."),
+    ] = None,
+    llm: Annotated[
+        str | None, typer.Option("--llm", metavar="FILE.py:NAME", help="A function prompt -> text, where one is used.")
+    ] = None,
+    keep_helpers: Annotated[
+        Path | None,
+        typer.Option("--keep-helpers", help="Folder to keep helper models in, which hold private data."),
+    ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option("--optimizer", help="adamw, muon, sgd or sophia; the method's own if none.")
+    ] = None,
     base: Annotated[
         str | None, typer.Option("--base", help="The model from before the private data was learnt, if it was kept.")
     ] = None,
@@ -82,6 +100,8 @@ def command(
       expunge unlearn --model ./my-model --forget forget.jsonl --retain retain.jsonl --out runs/erase-17
       expunge unlearn -m ./my-model --base ./before --forget f.jsonl --retain r.jsonl --holdout h.jsonl -o runs/e18
       expunge unlearn -m ./my-model --forget f.jsonl --retain r.jsonl --method npo --set beta=0.05 -o runs/npo
+      expunge unlearn -m ./my-model --forget f.jsonl --retain r.jsonl --method npo --scope layers \
+        --set scope.names="*.mlp.*" --then task-vector -o runs/npo-mlp
     """
     from expunge.api import unlearn
 
@@ -99,6 +119,11 @@ def command(
         earlier=earlier,
         method=method,
         set=key_values(set_),
+        scope=scope,
+        then=then or (),
+        llm=None if llm is None else function_of(llm, "--llm"),
+        keep_helpers=keep_helpers,
+        optimizer=optimizer,
         base=base,
         references=reference or (),
         suite=suite,

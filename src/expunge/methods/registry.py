@@ -6,7 +6,8 @@ group ``expunge.methods``, or ``path/to/file.py:name``), registered by :func:`me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +17,15 @@ from torch import nn
 from expunge.data.samples import Modality, Sample
 from expunge.errors import UserError, unknown
 from expunge.extensions import import_all, import_file
-from expunge.models.adapter import Adapter
+from expunge.methods.helpers import Helpers
+from expunge.methods.scope import Scope, held
+from expunge.models.adapter import Adapter, num_parameters
 from expunge.options import configure
 from expunge.progress import Progress
 
 Need = Literal["retain", "base", "unseen", "llm"]
-Sequential = Literal["repeat", "protect", "not-defined"]
+Sequential = Literal["repeat", "protect", "fuse", "not-defined"]
+Changes = Literal["all", "some", "beside", "new", "memory"]
 
 
 @dataclass
@@ -31,6 +35,9 @@ class Context:
     ``base`` loads the model from before the private data was learnt, or is None when nobody kept it.
     ``unseen`` are texts of the same kind that no model was trained on and no evaluation uses.
     ``earlier`` are the forget samples of earlier requests on the same model (sequence of requests).
+    ``llm`` answers a prompt with a text, where the user has given such a callable.
+    ``scope`` says which weights may move; methods need not look at it, see :mod:`expunge.methods.scope`.
+    ``helpers`` takes every second model that a method trains on private data.
     ``work`` is a folder for checkpoints; a method called again with the same folder resumes.
     """
 
@@ -41,6 +48,9 @@ class Context:
     unseen: Sequence[Sample] = ()
     earlier: Sequence[Sample] = ()
     base: Callable[[], nn.Module] | None = None
+    llm: Callable[[str], str] | None = None
+    scope: Scope | None = None
+    helpers: Helpers = field(default_factory=Helpers)
     seed: int = 0
     work: Path | None = None
     progress: Progress = field(default_factory=Progress)
@@ -57,7 +67,12 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method with its declared properties; the matrix test checks them by probing."""
+    """A registered method with its declared properties; the matrix test checks them by probing.
+
+    ``changes``: all weights; some of them (chosen by the method); modules beside the weights, which stay as they were;
+    a new model; or the memory of a zone. ``sequential``: what a second request on the same model does: the method is
+    repeated, repeated while the earlier targets are protected, its parts are fused in closed form, or not defined.
+    """
 
     name: str
     run: Callable[[Context, Any], Outcome]
@@ -70,6 +85,7 @@ class Method:
     removes_from_weights: bool = True
     helpers_hold_data: bool = False  # trains helper models on the private data
     sequential: Sequential = "repeat"
+    changes: Changes = "all"
     formula: str = ""
 
     def __call__(self, context: Context, options: Any = None) -> Outcome:
@@ -80,24 +96,56 @@ class Method:
         """
         if not context.forget:
             raise UserError(f"method '{self.name}' was given no forget samples: name at least one sample to forget.")
-        have = {"retain": bool(context.retain), "base": context.base is not None, "unseen": bool(context.unseen)}
         for need in sorted(self.needs):
-            if not have.get(need, False):
-                raise UserError(f"method '{self.name}' needs {need} data, and none was given: add it, see --help.")
+            if not getattr(context, need):
+                raise UserError(f"method '{self.name}' needs {WORDS[need]}.")
         if context.adapter.modality not in self.modalities:
             raise UserError(
                 f"method '{self.name}' works on {', '.join(sorted(self.modalities))}, "
                 f"not on a {context.adapter.modality} model."
             )
-        return self.run(context, options if options is not None else self.options())
+        if context.scope is not None and self.changes in ("beside", "new", "memory"):
+            raise UserError(f"method '{self.name}' moves none of the model's weights: leave --scope out.")
+        outcome: Outcome | None = None
+        try:
+            with self._scoped(context) as notes:
+                outcome = self.run(context, options if options is not None else self.options())
+            outcome.notes += notes
+        finally:
+            context.helpers.finish(None if outcome is None else outcome.model)
+        if context.helpers.record:
+            outcome.record["helpers"] = [dict(entry) for entry in context.helpers.record]
+        return outcome
+
+    @contextmanager
+    def _scoped(self, context: Context) -> Iterator[list[str]]:
+        if context.scope is None:
+            yield []
+            return
+        masks = context.scope.masks(context)
+        free, total = sum(int(m.sum()) for m in masks.values()), num_parameters(context.model)
+        with held(context.model, masks):
+            yield [f"scope {context.scope.selector.name}: {free} of {total} weights could move"]
 
     def configure(self, values: Mapping[str, Any]) -> Any:
         """The method's options with ``values`` set; strings are read as the field's type."""
         return configure(self.options, values, f"option of method {self.name}")
 
 
+# How to give what a method needs.
+WORDS: dict[Need, str] = {
+    "retain": "retain data: give --retain FILE, or a dataset with that role",
+    "base": "the base, the model before the private data was learnt: give --base FOLDER",
+    "unseen": "unseen data, of the same kind and never trained on: give --holdout FILE, or a dataset with that role",
+    "llm": "a language model that answers prompts: give --llm path/to/file.py:name, or llm=… in Python",
+}
 _METHODS: dict[str, Method] = {}
-ALIASES = {"cluster_driven": "cluster"}  # the published prototype's name
+ALIASES = {  # the published prototype's names
+    "cluster_driven": "cluster",
+    "unlearn_what_you_want": "eul",
+    "code_unlearn": "codeunlearn",
+    "o3_framework": "o3",
+}
 
 
 def register(entry: Method) -> Method:

@@ -45,7 +45,7 @@ def from_scratch(model: nn.Module, seed: int) -> nn.Module:
     paper="definition of exact unlearning: Cao & Yang 2015; Bourtoule et al. 2021, arXiv:1912.03817",
     needs=frozenset({"retain"}),
     wants=frozenset({"base"}),
-    sequential="repeat",
+    changes="new",
     formula="NLL(r) from the base",
 )
 def retrain(context: Context, options: RetrainOptions) -> Outcome:

@@ -80,7 +80,7 @@ for _kind in all_zones().values():
             summary=f"Remove records from a {_kind.name} zone ({_kind.summary}).",
             modalities=frozenset({"text"}),
             removes_from_weights=False,
-            sequential="repeat",
+            changes="memory",
             formula="zone without f = zone that was built without f, byte for byte",
         )
     )

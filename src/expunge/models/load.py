@@ -17,6 +17,7 @@ from torch import nn
 
 from expunge.errors import UserError, unknown
 from expunge.models.adapter import Adapter
+from expunge.models.attached import ATTACHED, attachments, load_attached, save_attached
 from expunge.models.classifier import ClassifierAdapter
 from expunge.models.folder import (
     ModelFolder,
@@ -91,6 +92,8 @@ def load_model(
         model = apply_lora(model, lora, seed=seed)
     model.to(place)
     model.eval()
+    if (folder.path / ATTACHED).is_file():
+        _attach(model, folder.path)
     if (folder.path / ZONE).is_file():
         model = _with_zone(model, folder, lora)
     if isinstance(adapter, (TextAdapter, ClassifierAdapter)):
@@ -285,6 +288,14 @@ def _with_adapter(model: nn.Module, folder: ModelFolder) -> nn.Module:
     return out
 
 
+def _attach(model: nn.Module, folder: Path) -> None:
+    # Kinds are registered by the methods that make them, which stand above models in the house.
+    from expunge.methods.registry import all_methods
+
+    all_methods()
+    load_attached(causal_lm(model), folder)
+
+
 def _with_zone(model: nn.Module, folder: ModelFolder, lora: LoraOptions | None) -> nn.Module:
     # Zones stand above models in the house, and only this folder's content says that one is needed.
     from expunge.zones.model import ZonedModel
@@ -346,8 +357,14 @@ def _write(loaded: Loaded, part: Path, merge: bool) -> None:
                     config.base_model_name_or_path = str(named.resolve())
             # "auto" would ask the hub about the base's vocabulary.
             model.save_pretrained(part, save_embedding_layers=False)
-        elif is_lora(model):
-            merge_lora(copy.deepcopy(model)).save_pretrained(part)  # type: ignore[operator]
         else:
-            model.save_pretrained(part)
+            plain: Any = merge_lora(copy.deepcopy(model)) if is_lora(model) else model
+            held = plain._modules.pop("attached", None)  # not among the weights, where nothing else could read them
+            try:
+                plain.save_pretrained(part)
+            finally:
+                if held is not None:
+                    plain._modules["attached"] = held
+    if attachments(model):
+        save_attached(model, part)
     loaded.adapter.save(part)

@@ -69,7 +69,7 @@ def proxy_model(context: Context, options: ClusterOptions) -> nn.Module:
         with torch.no_grad():
             for n, held in state.items():
                 everything[n].copy_(held)
-        return model
+        return context.helpers.add("proxy", model, context.retain, "stands for a model without the data")
     settings = TrainOptions(
         epochs=options.proxy_epochs if context.base is not None else options.scratch_epochs,
         batch_size=4,
@@ -90,7 +90,7 @@ def proxy_model(context: Context, options: ClusterOptions) -> nn.Module:
         save_file(weights(model) | buffers, part)
         part.rename(kept)
         shutil.rmtree(work, ignore_errors=True)
-    return model
+    return context.helpers.add("proxy", model, context.retain, "stands for a model without the data")
 
 
 def chosen_members(context: Context, options: ClusterOptions, has_proxy: bool) -> list[str]:

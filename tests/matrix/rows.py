@@ -1,0 +1,47 @@
+"""One row per method: options that make it fast on the small worlds, and what it then has to reach."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """``forgets``: the forget loss rises. ``keeps``: the retain loss stays far below an untrained model's.
+
+    ``of``: more options in one world. ``quick``: options that end after a few steps, beside ``epochs=1``.
+    ``seedless``: nothing in the method is random.
+    """
+
+    options: dict[str, Any] = field(default_factory=lambda: {"epochs": 1})
+    forgets: bool = False
+    keeps: bool = False
+    of: dict[str, dict[str, Any]] = field(default_factory=dict)
+    quick: dict[str, Any] = field(default_factory=dict)
+    seedless: bool = False
+
+
+STEADY = {"epochs": 6, "batch_size": 3, "learning_rate": 4e-3}
+ASCENT = {"vit": {"learning_rate": 1e-3}, "llava": {"learning_rate": 2e-3}}
+TABLE: dict[str, Row] = {
+    "ga": Row(STEADY, forgets=True),
+    "graddiff": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
+    "kl": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
+    "npo": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
+    "simnpo": Row({**STEADY, "epochs": 10}, forgets=True, keeps=True),
+    "undial": Row({**STEADY, "epochs": 8}, forgets=True),
+    "dpo": Row({**STEADY, "epochs": 16, "learning_rate": 6e-3}, forgets=True, keeps=True),
+    "idk": Row(STEADY, forgets=True, keeps=True),
+    "finetune": Row({"epochs": 2, "batch_size": 6, "learning_rate": 1e-3}, keeps=True),
+    "retrain": Row({"epochs": 25, "batch_size": 6, "learning_rate": 1e-2}, forgets=True, keeps=True),
+    "cluster": Row(
+        {"steps": 30},
+        forgets=True,
+        keeps=True,
+        of={
+            "resnet": {"other_learning_rate": 5e-3, "groups": "all"},
+            "vit": {"other_learning_rate": 5e-3, "groups": "all"},
+        },
+    ),
+}
