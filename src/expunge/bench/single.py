@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from expunge.bench.cost import Cost, measure
 from expunge.bench.evaluate import Evaluation, References, evaluate
 from expunge.bench.plan import Entry, StudyOptions
 from expunge.bench.prepare import Workshop, initialised
-from expunge.bench.provenance import TRAINED_ON, trained_on
+from expunge.bench.provenance import record_training
 from expunge.bench.study import Study, anchor
 from expunge.data.deletion import by_wishes
 from expunge.data.files import load_files, read_samples
@@ -165,7 +165,8 @@ def train_model(
     loaded.model = request.served(loaded.model)
     folder = save_model(loaded, run.folder / "model")
     figures = {"first_loss": log.steps[0]["nll"], "last_loss": log.last("nll"), "steps": len(log.steps)}
-    run.write_json(TRAINED_ON, trained_on(samples))
+    texts = [s for role in ("utility", "retain") for s in dataset[role]]
+    record_training(run, folder, samples, roles, start=model, texts=texts)
     run.write_json("results.json", {"schema": TRAINING, **figures, "cost": cost.record(), "roles": roles})
     outputs = {"model": digest_folder(folder)}
     run.finish(flops=cost.flops, parameters_changed=cost.parameters_changed, figures=figures, outputs=outputs)
@@ -183,6 +184,8 @@ def unlearn_model(
     base: str | None = None,
     references: Sequence[str] = (),
     earlier: Sequence[Sample] = (),
+    llm: Callable[[str], str] | None = None,
+    keep_helpers: Path | None = None,
     measured: bool = True,
     progress: Progress | None = None,
 ) -> Path:
@@ -213,7 +216,9 @@ def unlearn_model(
         context = study.context(entry, loaded.model, request.seed, dataset, f"main/{entry.label}/0")
         context.earlier = earlier
         more = {"precision": "bf16"} if request.half and hasattr(entry.method.options, "precision") else None
-        outcome, cost = study.apply(context, entry.method, entry.configured(more))
+        context.llm = llm
+        context.helpers.keep = keep_helpers
+        outcome, cost = study.apply(context, *entry.whole(more))
         loaded.model = model_after = request.served(outcome.model)
         save_model(loaded, folder)
         common = {
@@ -221,7 +226,7 @@ def unlearn_model(
             "kind": "method",
             "seed": request.seed,
             "position": None,
-            "properties": results.properties(entry.method),
+            "properties": results.properties(entry.whole()[0]),
             "settings": entry.settings,
             "notes": outcome.notes,
             "record": {k: v for k, v in outcome.record.items() if k != "log"},
