@@ -63,7 +63,7 @@ def test_a_file_is_a_method(tmp_path: Path) -> None:
     context = Context(model, tiny_adapter(), DATA["forget"], DATA["retain"])
     outcome = found(context, found.configure({"size": "0.25"}))
     assert torch.equal(outcome.model.get_output_embeddings().weight, 0.25 * before) and outcome.notes == ["shrunk"]
-    with pytest.raises(UserError, match="method 'shrink' needs retain data, and none was given"):
+    with pytest.raises(UserError, match="method 'shrink' needs retain data: give --retain FILE"):
         found(Context(model, tiny_adapter(), DATA["forget"]))
     assert "shrink" in all_methods()
 
@@ -145,7 +145,7 @@ def test_options_are_checked_before_anything_runs() -> None:
 def test_needs_of_every_kind() -> None:
     made = Method("m", lambda c, o: Outcome(c.model), Few, "p", "s", needs=frozenset({"base", "unseen"}))
     context = Context(tiny_model(), tiny_adapter(), DATA["forget"], DATA["retain"])
-    with pytest.raises(UserError, match="'m' needs base data"):
+    with pytest.raises(UserError, match="'m' needs the base, the model before"):
         made(context)
     context.base = tiny_model
     with pytest.raises(UserError, match="'m' needs unseen data"):
