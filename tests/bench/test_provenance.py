@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from expunge.bench.provenance import TRAINED_ON, provenance, trained_on
+from expunge.bench.provenance import provenance
+from expunge.certify.provenance import MANIFEST, describe, lineage_of, save_manifest
 from expunge.data.samples import Sample
 from expunge.errors import UserError
 
@@ -15,18 +16,39 @@ FORGET = [Sample(id=f"f{i}", subject="ada", prompt="Who?", target=f"Ada {i}.") f
 OTHERS = [Sample(id=f"r{i}", subject="bo", prompt="Who?", target=f"Bo {i}.") for i in range(3)]
 
 
-def model(folder: Path, samples: list[Sample] | None, inside: bool = False) -> str:
-    (folder / "model").mkdir(parents=True)
+def model(folder: Path, samples: list[Sample] | None, start: str | None = None, name: str = "model") -> str:
+    """A model folder with the manifest that its training leaves, if ``samples`` are known."""
+    made = folder / name
+    made.mkdir(parents=True)
+    (made / "config.json").write_text(json.dumps({"from": str(folder)}))
     if samples is not None:
-        (folder / ("model" if inside else "") / TRAINED_ON).write_text(json.dumps(trained_on(samples)))
-    return str(folder / "model")
+        below = [] if start is None else lineage_of(Path(start))
+        parents = [] if start is None else [start]
+        own = describe(kind="shadow", artefact=made, records=samples, code="c" * 64, made_from=parents)
+        save_manifest(own.model_copy(update={"ancestors": tuple(below)}), folder)
+    return str(made)
 
 
-@pytest.mark.parametrize("inside", [False, True])
-def test_a_model_that_saw_a_forget_sample_is_refused(inside: bool, tmp_path: Path) -> None:
-    shadow = model(tmp_path / "shadow", [*OTHERS, FORGET[1]], inside)
+def test_a_model_that_saw_a_forget_sample_is_refused(tmp_path: Path) -> None:
+    shadow = model(tmp_path / "shadow", [*OTHERS, FORGET[1]])
     with pytest.raises(UserError, match=r"was trained on forget sample 'f1'.*retrain it without"):
         provenance(FORGET, [model(tmp_path / "fine", OTHERS), shadow])
+
+
+def test_one_that_was_made_from_a_model_that_saw_it_is_refused_too(tmp_path: Path) -> None:
+    first = model(tmp_path / "first", FORGET)
+    second = model(tmp_path / "second", OTHERS, start=first)
+    third = model(tmp_path / "third", OTHERS, start=second)
+    for later in (second, third):
+        with pytest.raises(UserError, match=r"what '.*' was made from was trained on forget sample 'f0'"):
+            provenance(FORGET, [later])
+
+
+def test_one_whose_start_is_unknown_is_noted(tmp_path: Path) -> None:
+    blank = model(tmp_path / "blank", None)
+    later = model(tmp_path / "later", OTHERS, start=blank)
+    (note,) = provenance(FORGET, [later])
+    assert later in note
 
 
 def test_a_model_that_did_not_is_not_mentioned_and_the_unknown_ones_are_in_one_note(tmp_path: Path) -> None:
@@ -43,21 +65,15 @@ def test_the_same_content_under_another_id_is_found(tmp_path: Path) -> None:
         provenance(FORGET, [model(tmp_path / "shadow", [renamed])])
 
 
-def test_a_record_beside_a_folder_of_another_name_belongs_to_nobody(tmp_path: Path) -> None:
-    (tmp_path / "shadow-0").mkdir()
-    (tmp_path / TRAINED_ON).write_text(json.dumps(trained_on(FORGET)))
-    assert "shadow-0" in provenance(FORGET, [str(tmp_path / "shadow-0")])[0]
+def test_a_manifest_of_another_model_says_nothing_of_this_one(tmp_path: Path) -> None:
+    shadow = model(tmp_path, FORGET, name="shadow-0")
+    (tmp_path / "shadow-0" / "config.json").write_text("{}")
+    assert "shadow-0" in provenance(FORGET, [shadow])[0]
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": "other", "samples": [], "salt": "a"}', "\x00"])
-def test_a_damaged_record_counts_as_none(content: str, tmp_path: Path) -> None:
-    folder = model(tmp_path / "shadow", None)
-    (tmp_path / "shadow" / TRAINED_ON).write_text(content)
-    assert len(provenance(FORGET, [folder])) == 1
-
-
-def test_the_record_names_no_sample_and_two_records_cannot_be_joined() -> None:
-    first, second = trained_on(FORGET), trained_on(FORGET)
-    assert not set(first["samples"]) & set(second["samples"]) and len(first["samples"]) == 3
-    assert "Ada" not in json.dumps(first) and all(s.digest() not in json.dumps(first) for s in FORGET)
-    assert trained_on(FORGET, "salt") == trained_on(FORGET[::-1], "salt")
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema": "other"}', "\x00"])
+def test_a_damaged_manifest_is_an_error(content: str, tmp_path: Path) -> None:
+    folder = model(tmp_path / "shadow", OTHERS)
+    (tmp_path / "shadow" / MANIFEST).write_text(content)
+    with pytest.raises(UserError, match=r"cannot be read as expunge\.provenance/1"):
+        provenance(FORGET, [folder])

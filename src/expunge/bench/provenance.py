@@ -1,66 +1,92 @@
-"""What a model was trained on, as salted digests beside its folder: a shadow must never have seen what it judges."""
+"""Who was trained on what: the manifest that every training leaves beside its model, and what an audit reads from it.
+
+A manifest carries those of the models it was made from, so that a chain of trainings can be followed to its roots
+wherever the earlier folders have gone; see :mod:`expunge.certify.provenance`.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from expunge.data.samples import Sample
+from expunge.certify.exact import manifest_of_zone
+from expunge.certify.provenance import (
+    Manifest,
+    Part,
+    describe,
+    lineage_of,
+    salted,
+    save_manifest,
+    tokenizer_digest,
+)
+from expunge.data.samples import Role, Sample
 from expunge.errors import UserError
-
-TRAINED_ON = "trained_on.json"
-MANIFEST = "expunge.trained_on/1"
-
-
-def trained_on(samples: Sequence[Sample], salt: str | None = None) -> dict[str, Any]:
-    """Salted digests of the samples of a training, for :data:`TRAINED_ON` beside the model."""
-    salt = salt or secrets.token_hex(16)
-    return {"schema": MANIFEST, "salt": salt, "samples": sorted(_salted(s, salt) for s in samples)}
+from expunge.files import digest_folder
+from expunge.runs import Run
+from expunge.zones.zone import Zone
 
 
-def _salted(sample: Sample, salt: str) -> str:
-    return hashlib.sha256(f"{salt}/{sample.digest()}".encode()).hexdigest()
+def record_training(
+    run: Run, folder: Path, samples: Sequence[Sample], roles: Sequence[Role], *, start: str | None,
+    texts: Sequence[Sample] = (), zone: Zone | None = None,
+) -> Path:  # fmt: skip
+    """Write ``provenance.json`` into the run: what the model in ``folder`` was trained on and made from.
+
+    Args:
+        start: folder or hub name that the training went on from; None for random weights, whose tokenizer was fitted
+            on ``texts``.
+        zone: what was put over the frozen ``start``.
+    """
+    below = [] if start is None else lineage_of(Path(start))
+    base = None if start is None else _named(start)
+    if zone is not None:
+        assert base is not None
+        own = manifest_of_zone(folder, zone, samples, base, run.record.digests["code"])
+    else:
+        kind = "original" if "forget" in roles else "reference" if "retain" in roles else "base"
+        code, parents = run.record.digests["code"], [base] if base else []
+        own = describe(kind=kind, artefact=folder, records=samples, code=code, made_from=parents)
+        parts = {"constants": Part(digest=run.record.digests["config"], fitted_on=(), source="options of the run")}
+        if start is None and (tokenizer := tokenizer_digest(folder)) is not None:
+            known = tuple(sorted({salted(s.digest(), own.salt) for s in texts}))
+            parts["tokenizer"] = Part(digest=tokenizer, fitted_on=known, source="texts of the run")
+        own = own.model_copy(update={"parts": parts})
+    return save_manifest(own.model_copy(update={"ancestors": tuple(below)}), run.folder)
+
+
+def _named(start: str) -> str:
+    """Digest of the folder; of a model of the hub only its name is known, and no manifest will ever bear it."""
+    folder = Path(start).expanduser()
+    return digest_folder(folder) if folder.is_dir() else hashlib.sha256(start.encode()).hexdigest()
 
 
 def provenance(forget: Sequence[Sample], folders: Sequence[str]) -> list[str]:
-    """Check that references and shadows never saw the forget samples; a note on those of which nothing is known.
+    """Check that references and shadows, and what they were made from, never saw the forget samples; a note on those
+    of which something is not known.
 
     Raises:
-        UserError: the record of a model says that it was trained on one of them.
+        UserError: a manifest says that one of them was trained on.
     """
     unknown = []
     for folder in folders:
-        found = _manifest(Path(folder).expanduser())
-        if found is None:
+        chain = lineage_of(Path(folder))
+        for manifest in chain:
+            seen = next((s.id for s in forget if salted(s.digest(), manifest.salt) in (manifest.records or ())), None)
+            if seen is not None:
+                which = f"'{folder}'" if manifest is chain[0] else f"what '{folder}' was made from"
+                raise UserError(
+                    f"{which} was trained on forget sample '{seen}': references and shadows must never have seen the "
+                    "forget set; retrain it without."
+                )
+        if not _whole(chain):
             unknown.append(f"'{folder}'")
-            continue
-        known, salt = found
-        seen = next((s.id for s in forget if _salted(s, salt) in known), None)
-        if seen is not None:
-            raise UserError(
-                f"'{folder}' was trained on forget sample '{seen}': references and shadows must never have seen the "
-                "forget set; retrain it without."
-            )
     if not unknown:
         return []
     return [f"nothing is known of what {', '.join(unknown)} saw in training; that it was no forget sample is assumed."]
 
 
-def _manifest(folder: Path) -> tuple[set[str], str] | None:
-    """(salted digests, salt) of the record in the model's folder, or beside it where ``expunge train`` puts it.
-
-    The record beside a folder of another name may be that of any model there.
-    """
-    places = [folder / TRAINED_ON, *([folder.parent / TRAINED_ON] if folder.name == "model" else [])]
-    for path in places:
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["schema"] == MANIFEST:
-                return set(content["samples"]), str(content["salt"])
-        except (OSError, ValueError, KeyError, TypeError):  # absent, or not ours
-            continue
-    return None
+def _whole(chain: Sequence[Manifest]) -> bool:
+    """Whether the records of the model and of all that it was made from are known."""
+    known = {manifest.artefact for manifest in chain if manifest.records is not None}
+    return bool(chain) and all({m.artefact, *m.made_from} <= known for m in chain)

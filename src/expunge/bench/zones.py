@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from expunge.bench.cost import measure
-from expunge.bench.provenance import TRAINED_ON, trained_on
+from expunge.bench.provenance import record_training
 from expunge.bench.single import TRAINING, Request, say_truncated
 from expunge.data.samples import Dataset, Role
 from expunge.errors import UserError
@@ -74,7 +74,7 @@ def train_zone(
         "zone_digest": zoned.zone.digest(),
         "gate": {k: v for k, v in zoned.zone.public.constants.items() if isinstance(v, (int, float, str))},
     }
-    run.write_json(TRAINED_ON, trained_on(samples))
+    record_training(run, folder, samples, roles, start=model, zone=zoned.zone)
     run.write_json("results.json", {"schema": TRAINING, **figures, "cost": cost.record(), "roles": roles})
     outputs = {"model": digest_folder(folder)}
     run.finish(flops=cost.flops, parameters_changed=cost.parameters_changed, figures=figures, outputs=outputs)

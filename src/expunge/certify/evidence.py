@@ -21,7 +21,8 @@ from expunge.record import RunRecord, read_record
 from expunge.runs import read_config
 
 COMMANDS = ("unlearn", "audit")
-FILES = ("run.json", "run.yaml", "results.json", "audit.json", "evidence.json", "samples.jsonl", "drill.jsonl")
+FILES = ("run.json", "run.yaml", "results.json", "audit.json", "evidence.json", "samples.jsonl", "drill.jsonl",
+         "duplicates.jsonl")  # fmt: skip
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@+/=-]{0,99}")
 
 

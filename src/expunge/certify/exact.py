@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from expunge.certify.provenance import Manifest, salted
+from expunge.certify.provenance import Manifest, Part, describe, salted, tokenizer_digest
 from expunge.certify.sections import Removal, Residual
 from expunge.data.samples import Sample
 from expunge.errors import UserError
@@ -93,6 +94,20 @@ def _statistics(zone: Zone, private: Sequence[Sample]) -> Statistics:
     if any(s.digest() in zone.public.texts for s in private):
         return "private"
     return "public" if zone.public.texts else "unknown"
+
+
+def manifest_of_zone(folder: Path, zone: Zone, records: Sequence[Sample], base: str, code: str) -> Manifest:
+    """The manifest of a zone in its model folder: its records, and its public parts with the texts they were fitted on.
+
+    ``base`` is the digest of the folder that its base was loaded from, ``code`` that of the code that built it.
+    """
+    first = describe(kind="zone", artefact=folder, records=records, code=code, made_from=(base,))
+    texts = tuple(sorted(salted(text, first.salt) for text in zone.public.texts))
+    public = Part(digest=zone.public.digest(), fitted_on=texts or None, source="public texts of the zone")
+    parts = dict.fromkeys(("statistics", "gate", "constants"), public)
+    tokenizer = tokenizer_digest(folder) or base
+    parts["tokenizer"] = Part(digest=tokenizer, fitted_on=(), source="that of the base")
+    return first.model_copy(update={"parts": parts})
 
 
 def of_training(

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from expunge.data.duplicates import words
 from expunge.data.samples import Sample
 from expunge.errors import UserError
-from expunge.files import digest_folder, write_json
+from expunge.files import digest_file, digest_folder, write_json
 
 MANIFEST = "provenance.json"
 SCHEMA = "expunge.provenance/1"
@@ -51,7 +51,11 @@ class Part(Frozen):
 
 
 class Manifest(Frozen):
-    """``provenance.json``. ``made_from``: digests of the artefacts this one started from; empty for random weights."""
+    """``provenance.json``. ``made_from``: digests of the artefacts this one started from; empty for random weights.
+
+    ``ancestors``: the manifests of these and of what they were made from, as far as they were known, so that the chain
+    outlives the folders. Each has a salt of its own, which must be destroyed here too if it is destroyed there.
+    """
 
     schema_: Literal["expunge.provenance/1"] = Field(default="expunge.provenance/1", alias="schema")
     kind: str = Field(description="base, original, reference, shadow, zone, tokenizer, ...")
@@ -65,10 +69,15 @@ class Manifest(Frozen):
     parts: Mapping[str, Part] = {}
     code: str = Field(pattern=HEX, description="SHA-256 of the code that trained it")
     notes: tuple[str, ...] = ()
+    ancestors: tuple[Manifest, ...] = ()
+
+    def chain(self) -> list[Manifest]:
+        """The manifest and its ancestors, each without ancestors of its own."""
+        return [m.model_copy(update={"ancestors": ()}) for m in (self, *self.ancestors)]
 
     def digest(self) -> str:
-        """SHA-256 of the manifest itself."""
-        content = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+        """SHA-256 of the manifest itself, whatever is known of its ancestors."""
+        content = json.dumps(self.model_dump(mode="json", exclude={"ancestors"}), sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def holds(self, sample: Sample) -> str | None:
@@ -95,7 +104,7 @@ class Clearance(Frozen):
 
 
 def salted(digest: str, salt: str) -> str:
-    """SHA-256 of ``salt/digest``: what ``trained_on.json`` beside a trained model holds of each sample."""
+    """SHA-256 of ``salt/digest``: what a manifest holds of each sample."""
     return hashlib.sha256(f"{salt}/{digest}".encode()).hexdigest()
 
 
@@ -183,6 +192,28 @@ def read_manifest(path: Path) -> Manifest:
         first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": "no UTF-8"}
         where = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(f"'{file}' cannot be read as {SCHEMA}: {where}: {first['msg']}.") from error
+
+
+def lineage_of(model: Path) -> list[Manifest]:
+    """What is known of a model folder: the manifest beside it and its ancestors' ones, the model's own first.
+
+    Empty when there is none, or when the one that is there is of another model (it was copied, or trained further).
+
+    Raises:
+        UserError: a manifest is there and cannot be read.
+    """
+    folder = Path(model).expanduser()
+    beside = folder.resolve().parent / MANIFEST
+    if not (folder.is_dir() and beside.is_file()):
+        return []
+    found = read_manifest(beside)
+    return found.chain() if found.artefact == _digest_of(folder) else []
+
+
+def tokenizer_digest(folder: Path) -> str | None:
+    """SHA-256 of the tokenizer in a model folder; None for a model without one."""
+    known = (folder / name for name in ("tokenizer.json", "tokenizer.model"))
+    return next((digest_file(path) for path in known if path.is_file()), None)
 
 
 # -- the question ------------------------------------------------------------------------------------------------------

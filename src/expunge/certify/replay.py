@@ -27,7 +27,7 @@ def from_data(predicate: Mapping[str, Any], run: Path, keys: Keys, dataset: Data
     zone and the chain of manifests are recomputed from data and models. The run folder stays as it is.
 
     Raises:
-        UserError: a model that the run names is not there any more, or the run is none of ``unlearn``.
+        UserError: a model that the run names is not there any more, or the run is none of ``unlearn`` or ``audit``.
     """
     if not keys.record:
         return [Finding("not checked", "the data: the key of its commitment has been destroyed.")]
@@ -43,7 +43,8 @@ def from_data(predicate: Mapping[str, Any], run: Path, keys: Keys, dataset: Data
                 shutil.copy(run / name, copy / name)
         for path in run.glob("*.keys.json"):  # of a zone, which lie beside its model
             shutil.copy(path, copy / path.name)
-        shutil.copytree(run / "model", copy / "model")
+        if (run / "model").is_dir():  # of an audit, the model is where the run says
+            shutil.copytree(run / "model", copy / "model")
         sections = ", ".join(collect(copy, dataset))
         return [*found, _compared(predicate, claims_of(copy), f"data and models ({sections} recomputed)")]
 

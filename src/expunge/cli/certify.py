@@ -48,9 +48,7 @@ def command(
     ] = False,
     study: Annotated[
         Path | None,
-        typer.Option(
-            "--study", metavar="RUN", help="Bench run of this method over seeds: evidence for L2; with --plan."
-        ),
+        typer.Option("--study", metavar="RUN", help="Bench run of the method over seeds, for L2; with --plan."),
     ] = None,
     plan: Annotated[
         Path | None, typer.Option("--plan", help="YAML file with 'fixed', a time before the study, and 'margins'.")
