@@ -276,6 +276,19 @@ def kolmogorov_smirnov(first: ArrayLike, second: ArrayLike, *, level: float = LE
     return TwoSample(Estimate(distance, low, high, min(a.size, b.size), definition), float(found.pvalue))
 
 
+# -- many tests -------------------------------------------------------------------------------------------------------
+
+
+def discoveries(p_values: Floats, fdr: float) -> NDArray[np.bool_]:
+    """(N,) which hypotheses the step-up rule of Benjamini and Hochberg rejects."""
+    num = len(p_values)
+    if not num:
+        return np.zeros(0, dtype=bool)
+    ordered = np.sort(p_values)
+    passed = np.flatnonzero(ordered <= fdr * np.arange(1, num + 1) / num)
+    return np.asarray(p_values <= ordered[passed[-1]]) if passed.size else np.zeros(num, dtype=bool)
+
+
 # -- two samples: ranking ------------------------------------------------------------------------------------------
 
 

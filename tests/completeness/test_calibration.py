@@ -13,13 +13,13 @@ from expunge.completeness.calibration import (
     Completeness,
     by_subject,
     calibrate,
-    discoveries,
     evidence,
     residuals,
     score,
 )
 from expunge.completeness.readings import Floats, Form, Readings
 from expunge.errors import UserError
+from expunge.stats import discoveries
 
 GAP = 3.0  # of the original above models that never saw a sample, on the scale of the evidence
 

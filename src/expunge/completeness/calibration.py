@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from expunge.completeness.readings import Floats, Readings
 from expunge.errors import UserError
+from expunge.stats import discoveries
 
 Verdict = Literal["under-unlearned", "adequate", "over-unlearned", "not-auditable"]
 VERDICTS: tuple[Verdict, ...] = ("under-unlearned", "adequate", "over-unlearned", "not-auditable")
@@ -211,16 +212,6 @@ def evidence(form: str, values: Floats) -> Floats:
         return -np.asarray(values, dtype=np.float64)
     prob = np.clip(values, PROB_FLOOR, 1 - PROB_FLOOR)
     return np.asarray(np.log(prob) - np.log1p(-prob))
-
-
-def discoveries(p_values: Floats, fdr: float) -> NDArray[np.bool_]:
-    """(N,) which hypotheses the step-up rule of Benjamini and Hochberg rejects."""
-    num = len(p_values)
-    if not num:
-        return np.zeros(0, dtype=bool)
-    ordered = np.sort(p_values)
-    passed = np.flatnonzero(ordered <= fdr * np.arange(1, num + 1) / num)
-    return np.asarray(p_values <= ordered[passed[-1]]) if passed.size else np.zeros(num, dtype=bool)
 
 
 def _discoveries(p_N: Floats, among_N: NDArray[np.bool_], fdr: float) -> NDArray[np.bool_]:

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from expunge.completeness.calibration import Completeness, Verdict, calibrate, discoveries
+from expunge.completeness.calibration import Completeness, Verdict, calibrate
 from expunge.completeness.readings import Floats, Readings
 from expunge.errors import UserError
+from expunge.stats import discoveries
 
 PLAIN = "as served"
 # Score of an attack (mean log-probability per token, higher = more is left) -> name of the view.

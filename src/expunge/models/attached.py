@@ -11,12 +11,15 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from expunge.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from expunge.models.adapter import Batch
 
 ATTACHED = "attached.json"  # beside the weights: kinds and constructor arguments, in the order of attaching
 TENSORS = "attached.safetensors"
@@ -42,6 +45,10 @@ class Attachment(nn.Module, ABC):
     def install(self, model: Any) -> None:
         """Register hooks on modules of ``model`` (the Hugging Face model). Hooks are bound methods of this module, or
         partials of them, so that a deep copy of the model has hooks of its own."""
+
+    def see(self, batch: Batch) -> None:
+        """Told by text adapters which batch the next pass is over, for guards that must know where prompts end: the
+        last prompt token of row b is the smallest ``cols_N`` of that row. Nothing by default."""
 
 
 def attach(model: nn.Module, attachment: Attachment) -> nn.Module:

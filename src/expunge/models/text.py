@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from expunge.data.samples import Sample
 from expunge.errors import UserError
 from expunge.models.adapter import Adapter, Batch, Head, evaluating
+from expunge.models.attached import attachments
 
 PLAIN_TEMPLATE = "{prompt} {target}{eos}"
 FIXED_DATE = "01 Jan 2026"  # chat templates that print today's date would change the data from day to day
@@ -209,6 +210,8 @@ class TextAdapter(Adapter):
 
     def hidden_and_head(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Head]:
         inner = causal_lm(model)
+        for attachment in attachments(inner):
+            attachment.see(batch)
         if self.whole_logits or getattr(inner, "whole_logits", False):  # a model may know that it does more
             logits_BTV = inner(**batch.inputs, use_cache=False).logits
             return logits_BTV[batch.sample_N, batch.cols_N], Head(nn.Identity())
