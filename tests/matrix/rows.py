@@ -24,6 +24,7 @@ class Row:
 
 STEADY = {"epochs": 6, "batch_size": 3, "learning_rate": 4e-3}
 ASCENT = {"vit": {"learning_rate": 1e-3}, "llava": {"learning_rate": 2e-3}}
+STEERED = {"epochs": 20, "batch_size": 3, "learning_rate": 1e-2}
 TABLE: dict[str, Row] = {
     "ga": Row(STEADY, forgets=True),
     "graddiff": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
@@ -35,6 +36,24 @@ TABLE: dict[str, Row] = {
     "idk": Row(STEADY, forgets=True, keeps=True),
     "finetune": Row({"epochs": 2, "batch_size": 6, "learning_rate": 1e-3}, keeps=True),
     "retrain": Row({"epochs": 25, "batch_size": 6, "learning_rate": 1e-2}, forgets=True, keeps=True),
+    "rmu": Row(
+        {**STEERED, "alpha": 3, "layer": 1},
+        forgets=True,
+        keeps=True,
+        of={"resnet": {"layer": 2, "alpha": 1}, "vit": {"layer": 2, "alpha": 1, "coefficient": 30}},
+    ),
+    "adaptive-rmu": Row(
+        {**STEERED, "alpha": 20, "layer": 1},
+        forgets=True,
+        keeps=True,
+        of={"resnet": {"layer": 2, "alpha": 5}, "vit": {"layer": 2, "alpha": 1, "beta": 3}},
+    ),
+    "scrub": Row(
+        {"epochs": 6, "batch_size": 3, "learning_rate": 4e-3},
+        forgets=True,
+        keeps=True,
+        of={"vit": {"learning_rate": 1e-3}, "resnet": {"learning_rate": 2e-3}},
+    ),
     "cluster": Row(
         {"steps": 30},
         forgets=True,
