@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -15,6 +15,18 @@ from expunge.errors import UserError, unknown
 def option(default: Any, meaning: str, source: str = "", choices: Sequence[Any] = ()) -> Any:
     """A dataclass field with its meaning, the source of its default, and the allowed values."""
     return field(default=default, metadata={"meaning": meaning, "source": source, "choices": tuple(choices)})
+
+
+Ranges = Sequence[tuple[Sequence[str], str, Callable[[float], bool]]]  # fields, what is allowed in words, the test
+
+
+def check_ranges(options: Any, ranges: Ranges) -> None:
+    """Raises UserError for the first number outside of its range; none and fields that are not there are passed."""
+    for names, allowed, good in ranges:
+        for name in names:
+            value = getattr(options, name, None)
+            if value is not None and not good(value):
+                raise UserError(f"{name} = {value} cannot be: give {allowed}.")
 
 
 def configure(options: type[Any], values: Mapping[str, Any], kind: str) -> Any:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from expunge.data.samples import Sample
-from expunge.errors import UserError
 from expunge.methods.registry import Context, Outcome, method
 from expunge.methods.rmu import States, SteeringOptions, padded, steer
 from expunge.options import option
@@ -19,11 +18,6 @@ class AdaptiveRmuOptions(SteeringOptions):
     """Adaptive RMU."""
 
     beta: float = option(5.0, "length of the target vectors, in lengths of the original's states", "paper §5: β = 5")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.beta < float("inf"):
-            raise UserError(f"beta = {self.beta} cannot be: give 0 or more.")
 
 
 @method(

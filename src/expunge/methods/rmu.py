@@ -6,6 +6,7 @@ Shape suffixes: B samples, T places (tokens; pixels of a feature map; patches), 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from expunge.methods.registry import Context, Outcome, method
 from expunge.methods.scope import held
 from expunge.models.adapter import Adapter
 from expunge.models.lora import is_lora
-from expunge.options import option
+from expunge.options import Ranges, check_ranges, option
 from expunge.training.batching import EpochPlan
 from expunge.training.loop import Feed, TrainOptions, train
 from expunge.training.optimizers import sized_rate
@@ -49,12 +50,14 @@ class SteeringOptions(TrainOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layer is not None and self.layer < 0:
-            raise UserError(f"layer = {self.layer} cannot be: give the number of a block, counted from 0.")
-        if self.layers < 1:
-            raise UserError(f"layers = {self.layers} cannot be: give 1 or more.")
-        if not 0 <= self.alpha < float("inf"):
-            raise UserError(f"alpha = {self.alpha} cannot be: give 0 or more.")
+        check_ranges(self, RANGES)
+
+
+RANGES: Ranges = (
+    (("layer",), "the number of a block, counted from 0", lambda v: v >= 0),
+    (("layers",), "1 or more", lambda v: v >= 1),
+    (("alpha", "coefficient", "beta"), "0 or more", lambda v: 0 <= v < math.inf),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +65,6 @@ class RmuOptions(SteeringOptions):
     """RMU."""
 
     coefficient: float = option(6.5, "length c of the vector that forget states are pushed to", "paper §4.3: 6.5")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.coefficient < float("inf"):
-            raise UserError(f"coefficient = {self.coefficient} cannot be: give 0 or more.")
 
 
 @dataclass
@@ -224,7 +222,7 @@ def steer(
 
 def padded(by_id: Mapping[str, Tensor], samples: Sequence[Sample], places: int) -> Tensor:
     """What is kept of these samples, (T, ...) each, as one tensor (B, places, ...), zero behind each one's end."""
-    together = pad_sequence([by_id[s.id] for s in samples], batch_first=True)
+    together: Tensor = pad_sequence([by_id[s.id] for s in samples], batch_first=True)
     missing = places - together.shape[1]
     return torch.cat([together, together.new_zeros(len(samples), missing, *together.shape[2:])], dim=1)
 

@@ -24,7 +24,7 @@ from torch import nn
 from expunge.data.samples import Sample
 from expunge.errors import UserError
 from expunge.models.adapter import Adapter
-from expunge.options import option
+from expunge.options import Ranges, check_ranges, option
 from expunge.progress import Progress
 from expunge.training.batching import EpochPlan, Plan, group_by_tokens
 from expunge.training.optimizers import build, factor, load_state_tensors, sized_rate, state_tensors
@@ -54,14 +54,10 @@ class TrainOptions:
 
     def __post_init__(self) -> None:
         """Raises UserError for a number that no training can have, in this class's fields and in those of methods."""
-        for names, allowed, good in RANGES:
-            for name in names:
-                value = getattr(self, name, None)
-                if value is not None and not good(value):
-                    raise UserError(f"{name} = {value} cannot be: give {allowed}.")
+        check_ranges(self, RANGES)
 
 
-RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
+RANGES: Ranges = (
     (("epochs", "learning_rate", "other_learning_rate"), "a number above 0", lambda v: 0 < v < math.inf),
     (("batch_size", "retain_batch", "micro_tokens"), "1 or more", lambda v: v >= 1),
     (("warmup",), "a share from 0 to 1", lambda v: 0 <= v <= 1),
@@ -120,6 +116,7 @@ class Trainer:
     around: Callable[[Sequence[tuple[str, Sample]]], AbstractContextManager[Any]] | None = None
     memory: dict[str, Any] = field(default_factory=dict)  # JSON values of callbacks, kept in checkpoints
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)  # the same for tensors
+    rate: float = 1.0  # a callback may lower it: every learning rate is multiplied by it
     stop: str = ""  # a reason set by a callback ends the training after this step
 
     def gradients(
@@ -274,7 +271,7 @@ def train(
             for optimizer, starts in zip(chosen, peaks, strict=True):
                 optimizer.zero_grad(set_to_none=True)
                 for group, peak in zip(optimizer.param_groups, starts, strict=True):
-                    group["lr"] = peak * rate
+                    group["lr"] = peak * rate * trainer.rate
             picks = plan.batch(step)
             values = compute(trainer, picks) if compute is not None else trainer.gradients(picks)
             # Finite losses may have gradients that are not, so the norm before clipping is looked at too.
@@ -290,7 +287,7 @@ def train(
             progress.step(step + 1, " ".join(f"{k} {v:.3g}" for k, v in values.items()))
             progress.log("step", task=name, step=step + 1, steps=plan.steps, **values)
             due = options.checkpoint_every and (step + 1) % options.checkpoint_every == 0
-            if work is not None and due and step + 1 < plan.steps:
+            if work is not None and due and step + 1 < plan.steps and not trainer.stop:
                 _checkpoint(trainer, work, fingerprint)
             if trainer.stop:
                 progress.log("stopped", task=name, step=step + 1, reason=trainer.stop)
@@ -353,6 +350,7 @@ def _checkpoint(trainer: Trainer, work: Path, fingerprint: Mapping[str, Any]) ->
         "fingerprint": dict(fingerprint),
         "log": trainer.log.steps,
         "memory": trainer.memory,
+        "rate": trainer.rate,
     }
     (fresh / "state.json").write_text(json.dumps(state))
     old = work / "checkpoint.old"
@@ -382,6 +380,7 @@ def _resume(trainer: Trainer, work: Path, fingerprint: Mapping[str, Any]) -> Non
     load_state_tensors(trainer.optimizers, load_file(folder / "optimizer.safetensors", device=str(device)))
     trainer.step = state["step"]
     trainer.log.steps = state["log"]
+    trainer.rate = state["rate"]
     trainer.memory.clear()
     trainer.memory.update(state["memory"])
     if (folder / "tensors.safetensors").exists():
