@@ -54,6 +54,10 @@ TABLE: dict[str, Row] = {
         keeps=True,
         of={"vit": {"learning_rate": 1e-3}, "resnet": {"learning_rate": 2e-3}},
     ),
+    "relearn": Row({"epochs": 3, "batch_size": 6, "learning_rate": 4e-3}, forgets=True, keeps=True),
+    "ssd": Row(
+        {}, forgets=True, of={"resnet": {"alpha": 1.2}, "vit": {"alpha": 1.2, "lambda_": 0.1}}, seedless=True
+    ),
     "cluster": Row(
         {"steps": 30},
         forgets=True,
@@ -63,4 +67,5 @@ TABLE: dict[str, Row] = {
             "vit": {"other_learning_rate": 5e-3, "groups": "all"},
         },
     ),
+    "eul": Row({**STEADY, "learning_rate": 1e-2}, forgets=True, keeps=True),
 }
