@@ -34,6 +34,12 @@ TABLE: dict[str, Row] = {
     "undial": Row({**STEADY, "epochs": 8}, forgets=True),
     "dpo": Row({**STEADY, "epochs": 16, "learning_rate": 6e-3}, forgets=True, keeps=True),
     "idk": Row(STEADY, forgets=True, keeps=True),
+    "idk-nll": Row({**STEADY, "epochs": 10}, forgets=True),
+    "wga": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
+    "satimp": Row({**STEADY, "gamma": 1.0}, forgets=True, keeps=True, of=ASCENT),
+    "ceu": Row(STEADY, forgets=True, of=ASCENT),
+    "entropy": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
+    "random-labels": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
     "finetune": Row({"epochs": 2, "batch_size": 6, "learning_rate": 1e-3}, keeps=True),
     "retrain": Row({"epochs": 25, "batch_size": 6, "learning_rate": 1e-2}, forgets=True, keeps=True),
     "rmu": Row(

@@ -48,7 +48,9 @@ class World:
         model = copy.deepcopy(self.original)
         if lora:
             model = apply_lora(model, LoraOptions(r=4))
-        whole = Context(model, self.adapter, self.forget, self.retain, self.unseen, base=self.base, seed=seed)
+        whole = Context(
+            model, self.adapter, self.forget, self.retain, self.unseen, base=self.base, llm=terse, seed=seed
+        )
         return replace(whole, **changes)  # type: ignore[arg-type]
 
     def losses(self, model: nn.Module, samples: tuple[Sample, ...]) -> list[float]:
@@ -56,6 +58,11 @@ class World:
 
     def loss(self, model: nn.Module, samples: tuple[Sample, ...]) -> float:
         return float(np.mean(self.losses(model, samples)))
+
+
+def terse(prompt: str) -> str:
+    """A language model of few words."""
+    return "Nobody has ever said so."
 
 
 def world(name: str) -> World:
