@@ -78,11 +78,11 @@ def test_token_by_token_is_as_the_whole_text() -> None:
     zone = zone_of(private())
     ids = adapter().cached(probes(private())[4]).ids
     whole = router_of(zone)
-    state, features_TSF = whole.read(whole.start(), ids)
+    state, features_TSF, _ = whole.read(whole.start(), ids)
     step = router_of(zone)
     now, rows = step.start(), []
     for token in ids:
-        now, one = step.read(now, [token])
+        now, one, _ = step.read(now, [token])
         rows.append(one[0])
     assert np.allclose(np.array(rows), features_TSF, atol=1e-6)
     assert np.allclose(now.best_S, state.best_S, atol=1e-5)

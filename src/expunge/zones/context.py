@@ -119,7 +119,7 @@ def shifted(seen: Seen, shift: Callable[[str, Tensor, Tensor], Tensor]) -> Tenso
     """Log-probabilities (B, T, V), with ``shift(subject, rows, cols)`` (N, V) added to the logits of open positions."""
     out_BTV = seen.log_probs_BTV
     block_BT = seen.routes.block_BT
-    for number in sorted(set(block_BT[block_BT >= 0].tolist())):
+    for number in seen.routes.opened:
         rows_N, cols_N = (block_BT == number).nonzero(as_tuple=True)
         shift_NV = shift(seen.routes.subjects[number], rows_N, cols_N)
         logits_NV = seen.log_probs_BTV[rows_N, cols_N] + shift_NV

@@ -42,7 +42,7 @@ def routing(
         order_S = np.argsort(-features_SF[:, 2], kind="stable")[:4]  # the nearest others are all that matters
         others += [features_SF[s] for s in order_S if s != own]
     router.gate_F1 = fit_logistic(np.array(here), np.array(others))
-    texts = [base.adapter.cached(s).ids for s in (*made.calibrate, *questions(made.calibrate))]
+    texts = [base.adapter.cached(s).ids for s in questions(made.calibrate)]
     highest_N = np.sort([float(router.best(ids).max()) for ids in texts])
     allowed = int(false_open * len(texts))
     # Strictly above the (allowed + 1)-th largest, so that at most `allowed` texts open.

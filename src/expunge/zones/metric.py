@@ -107,14 +107,14 @@ def _person(trial: Store, base: FrozenBase, made: Surrogates, who: str) -> Perso
         torch.from_numpy(np.concatenate([trial.states(r, base) for _, r in queries])),
         torch.from_numpy((query_M2[:, None] == row_R2[None]).all(2)),
         torch.from_numpy(query_bags_MV @ row_bags_RV.T),
-        same_tail(_tails(queries), _tails(rows)),
+        torch.from_numpy(same_tail(_tails(queries), _tails(rows))),
     )
 
 
-def _tails(records: Sequence[tuple[int, Record]]) -> Tensor:
+def _tails(records: Sequence[tuple[int, Record]]) -> Array:
     from expunge.zones.store import tail_of
 
-    return torch.from_numpy(np.array([tail_of(r.ids[:end]) for _, r in records for end in range(r.first, len(r.ids))]))
+    return np.array([tail_of(r.ids[:end]) for _, r in records for end in range(r.first, len(r.ids))])
 
 
 def _stacked(records: Sequence[tuple[int, Record]], trial: Store) -> tuple[Array, Array]:

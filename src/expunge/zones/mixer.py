@@ -31,10 +31,10 @@ MOST = 300  # samples of each kind that are looked at
 SHARES = {"stored": 0.4, "paraphrase": 0.3, "restated": 0.1, "public": 0.2}  # of the objective
 
 
-def mixer_chance(arrays: Mapping[str, Array], features_MF: Tensor) -> Tensor:
+def mixer_chance(arrays: Mapping[str, Array], features_MF: Array) -> Array:
     """Weight of the neighbours in (0, 1), (M,)."""
-    w_FH, b_H, v_H, c_1 = (torch.from_numpy(arrays[f"mix.{n}"]).to(features_MF.device) for n in "wbvc")
-    chance_M: Tensor = ((features_MF @ w_FH + b_H).tanh() @ v_H + c_1).sigmoid()
+    hidden_MH = np.tanh(features_MF @ arrays["mix.w"] + arrays["mix.b"])
+    chance_M: Array = 1 / (1 + np.exp(-(hidden_MH @ arrays["mix.v"] + arrays["mix.c"])))
     return chance_M
 
 
@@ -95,15 +95,15 @@ def _examples(trial: Store, base: FrozenBase, asked: Sequence[tuple[Sample, str]
             ids_BS, mask_BS = batch.inputs["input_ids"], batch.inputs["attention_mask"]
             log_probs_BTV = out.logits.float().log_softmax(-1)
             open_BT = torch.zeros_like(ids_BS)
-            routes = Routes([subject], open_BT, open_BT.float())
+            routes = Routes([subject], open_BT, open_BT.float(), (0,))
             seen = Seen(model, ids_BS, mask_BS, out.hidden_states, log_probs_BTV, routes)
             votes = trial.votes(seen, subject, batch.sample_N, batch.cols_N)
             base_NV = log_probs_BTV[batch.sample_N, batch.cols_N]
-            target_N1 = batch.targets_N[:, None]
+            target_N1, tokens_NK = batch.targets_N[:, None], torch.from_numpy(votes.tokens_MK).to(device)
             parts.append(
                 (
-                    features(votes, base_NV).cpu(),
-                    votes.probs_MV.gather(1, target_N1)[:, 0].cpu(),
+                    torch.from_numpy(features(votes, base_NV, base_NV.gather(1, tokens_NK))),
+                    torch.from_numpy(votes.of(target_N1.cpu().numpy())),
                     base_NV.gather(1, target_N1)[:, 0].exp().cpu(),
                 )
             )

@@ -102,7 +102,7 @@ class ZonedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tra
         log_probs_BTV = out.logits.float().log_softmax(-1)
         kept = log_probs_BTV.shape[1]
         routes = self.routes(ids_BS, mask_BS, kept)
-        if bool((routes.block_BT >= 0).any()):
+        if routes.opened:
             hidden = [h[:, -kept:] for h in out.hidden_states]
             log_probs_BTV = self.zone.adjust(Seen(self.base, ids_BS, mask_BS, hidden, log_probs_BTV, routes))
         loss = None

@@ -29,6 +29,8 @@ from expunge.zones.zone import Array, Block, Record, Routes
 FEATURES = ("full", "part", "sim", "margin", "cover")
 WINDOW = 32  # tokens of one bag of a document, half overlapping
 SHORT = 4  # a prompt of fewer tokens with any rarity is a document's beginning
+FIELDS = ("mass", "overlap_Q", "cover_S", "features_SF", "best_S")  # what a token that is nothing new leaves as it is
+NOBODY = np.zeros(0, dtype=np.int64)
 
 
 @dataclass
@@ -40,9 +42,8 @@ class State:
     mass: float
     overlap_Q: Array
     cover_S: Array
-    full_S: Array
-    part_S: Array
-    best_S: Array
+    features_SF: Array
+    best_S: Array  # largest log-odds so far
 
 
 @dataclass
@@ -55,11 +56,12 @@ class Router:
     typical: float  # mean idf² mass of a public question
     subjects: list[str] = field(default_factory=list)
     _last: dict[bytes, State] = field(default_factory=dict, repr=False)
+    _shut_for: tuple[frozenset[str] | None, Array] | None = field(default=None, repr=False)
 
     def index(self, blocks: Mapping[str, Block]) -> Router:
         """Read the blocks; returns itself."""
         self.subjects = sorted(blocks)
-        self._last = {}
+        self._last, self._shut_for = {}, None
         bags: list[frozenset[int]] = []
         starts, cover, names = [], [], {}  # type: ignore[var-annotated]
         for number, subject in enumerate(self.subjects):
@@ -102,49 +104,50 @@ class Router:
 
     def start(self) -> State:
         """Before the first token."""
-        zeros = np.zeros(len(self.subjects), dtype=np.float32)
-        nothing = np.full(len(self.subjects), -np.inf, dtype=np.float32)
-        return State(
-            set(), (), 0.0, np.zeros(len(self._norm_Q), np.float32), zeros, zeros.copy(), zeros.copy(), nothing
-        )
+        zeros_S = np.zeros(len(self.subjects), dtype=np.float32)
+        nothing_S = np.full(len(self.subjects), -np.inf, dtype=np.float32)
+        features_SF = np.zeros((len(self.subjects), len(FEATURES)), dtype=np.float32)
+        return State(set(), (), 0.0, np.zeros(len(self._norm_Q), np.float32), zeros_S, features_SF, nothing_S)
 
-    def read(self, state: State, ids: Sequence[int]) -> tuple[State, Array]:
-        """The state after ``ids``, and the features (T, S, F) at each of them."""
-        num, subjects = len(ids), len(self.subjects)
-        new_TQ = np.zeros((num, len(self._norm_Q)), dtype=np.float32)
-        new_TS = np.zeros((num, subjects), dtype=np.float32)
-        new_T = np.zeros(num)
-        named_TSK = np.zeros((num, subjects, 2), dtype=np.float32)
+    def read(self, state: State, ids: Sequence[int]) -> tuple[State, Array, Array]:
+        """The state after ``ids``; the features (T, S, F), and the largest log-odds so far (T, S), at each of them."""
         seen, tail = set(state.seen), list(state.tail)
+        named, new = [], []
         for t, token in enumerate(ids):
             tail.append(token)
             for name, number, full, share in self._names.get(token, ()):
                 if tuple(tail[-len(name) :]) == name:
-                    named_TSK[t, number, 0 if full else 1] = max(named_TSK[t, number, 0 if full else 1], share)
-            if token < 0 or token in seen:
-                continue
-            seen.add(token)
-            weight = float(self.idf_V[token]) ** 2
-            new_T[t] = weight
-            new_TQ[t, self._by_token.get(token, [])] = weight
-            new_TS[t, self._cover_by_token.get(token, [])] = weight
-        mass_T = state.mass + np.cumsum(new_T)
-        overlap_TQ = state.overlap_Q + np.cumsum(new_TQ, axis=0)
-        cover_TS = state.cover_S + np.cumsum(new_TS, axis=0)
-        full_TS = np.maximum.accumulate(np.maximum(named_TSK[..., 0], state.full_S), axis=0)
-        part_TS = np.maximum.accumulate(np.maximum(named_TSK[..., 1], state.part_S), axis=0)
-        cosine_TQ = overlap_TQ / (self._norm_Q * np.sqrt(np.maximum(mass_T, 1e-9))[:, None].astype(np.float32))
-        sim_TS = np.maximum.reduceat(cosine_TQ, self._starts, axis=1)
-        margin_TS = sim_TS - _best_other(sim_TS)
-        share_TS = cover_TS / (mass_T + self.typical)[:, None]
-        features_TSF = np.stack([full_TS, part_TS, sim_TS, margin_TS, share_TS], axis=-1).astype(np.float32)
+                    named.append((t, number, 0 if full else 1, share))
+            if token >= 0 and token not in seen:
+                seen.add(token)
+                new.append((t, token))
+        tail = tail[-self._longest :]
+        if len(ids) == 1 and state.mass and not named and not new:  # most often so in generation
+            state = State(seen, tuple(tail), *(getattr(state, n) for n in FIELDS))
+            return state, state.features_SF[None], state.best_S[None]
+        num, subjects = len(ids), len(self.subjects)
+        new_TQ = np.zeros((num, len(self._norm_Q)), dtype=np.float32)
+        new_TS = np.zeros((num, subjects), dtype=np.float32)
+        new_T = np.zeros(num)
+        for t, token in new:
+            new_T[t] = weight = float(self.idf_V[token]) ** 2
+            new_TQ[t, self._by_token.get(token, NOBODY)] = weight
+            new_TS[t, self._cover_by_token.get(token, NOBODY)] = weight
+        mass_T = state.mass + new_T.cumsum()
+        overlap_TQ = state.overlap_Q + new_TQ.cumsum(axis=0)
+        cover_TS = state.cover_S + new_TS.cumsum(axis=0)
+        features_TSF = np.empty((num, subjects, len(FEATURES)), dtype=np.float32)
+        features_TSF[:, :, :2] = state.features_SF[:, :2]
+        for t, number, kind, share in named:
+            features_TSF[t:, number, kind] = np.maximum(features_TSF[t:, number, kind], share)
+        length_T1 = np.sqrt(np.maximum(mass_T, 1e-9))[:, None].astype(np.float32)
+        sim_TS = np.maximum.reduceat(overlap_TQ / (self._norm_Q * length_T1), self._starts, axis=1)
+        features_TSF[:, :, 2] = sim_TS
+        features_TSF[:, :, 3] = sim_TS - _best_other(sim_TS)
+        features_TSF[:, :, 4] = cover_TS / (mass_T + self.typical)[:, None]
         best_TS = np.maximum.accumulate(np.maximum(self.log_odds(features_TSF), state.best_S), axis=0)
-        self._best_TS = best_TS
-        end = State(
-            seen, tuple(tail[-self._longest :]), float(mass_T[-1]), overlap_TQ[-1], cover_TS[-1], full_TS[-1],
-            part_TS[-1], best_TS[-1],
-        )  # fmt: skip
-        return end, features_TSF
+        end = State(seen, tuple(tail), float(mass_T[-1]), overlap_TQ[-1], cover_TS[-1], features_TSF[-1], best_TS[-1])
+        return end, features_TSF, best_TS
 
     def log_odds(self, features: Array) -> Array:
         """The gate on (..., F) features."""
@@ -153,8 +156,7 @@ class Router:
 
     def best(self, ids: Sequence[int]) -> Array:
         """Largest log-odds so far of each subject at each position of a whole text: (T, S)."""
-        self.read(self.start(), ids)
-        return self._best_TS
+        return self.read(self.start(), ids)[2]
 
     def route(
         self,
@@ -174,7 +176,7 @@ class Router:
         block_BT = np.full((rows, last), -1, dtype=np.int64)
         odds_BT = np.full((rows, last), -np.inf, dtype=np.float32)
         kept: dict[bytes, State] = {}
-        shut = np.array([allowed is not None and s not in allowed for s in self.subjects], dtype=bool)
+        shut = self._shut(allowed)
         mask_np, ids_np = mask_BS.cpu().numpy().astype(bool), ids_BS.cpu().numpy()
         for b in range(rows) if self.subjects else ():
             if about is not None and about[b] is not None:
@@ -182,27 +184,33 @@ class Router:
                 if where >= 0 and not shut[where]:
                     block_BT[b], odds_BT[b] = where, np.inf
                 continue
-            places = np.flatnonzero(mask_np[b])
-            text = ids_np[b, places]
-            fresh = places >= cols - last
-            before, now = text[~fresh], text[fresh]
-            if not len(now):
+            at = mask_np[b, cols - last :].nonzero()[0]
+            if not len(at):
                 continue
+            text = ids_np[b, mask_np[b]]
+            before, now = text[: -len(at)], text[-len(at) :]
             state = self._last.get(before.tobytes()) if len(before) else self.start()
             if state is None:
-                state, _ = self.read(self.start(), before.tolist())
-            end, _ = self.read(state, now.tolist())
-            kept[text.tobytes()] = end
-            best_TS = np.where(shut, -np.inf, self._best_TS)
+                state = self.read(self.start(), before.tolist())[0]
+            kept[text.tobytes()], _, best_TS = self.read(state, now.tolist())
+            if allowed is not None:
+                best_TS = np.where(shut, -np.inf, best_TS)
             chosen_T = best_TS.argmax(1)
-            odds_T = best_TS[np.arange(len(now)), chosen_T]
-            at = places[fresh] - (cols - last)
+            odds_T = best_TS[np.arange(len(at)), chosen_T]
             odds_BT[b, at] = odds_T
             block_BT[b, at] = np.where(odds_T >= self.threshold, chosen_T, -1)
         self._last = kept
         device = ids_BS.device
+        opened = tuple(sorted(set(block_BT.ravel().tolist()) - {-1}))
         chance_BT = torch.from_numpy(odds_BT).sigmoid()
-        return Routes(self.subjects, torch.from_numpy(block_BT).to(device), chance_BT.to(device))
+        return Routes(self.subjects, torch.from_numpy(block_BT).to(device), chance_BT.to(device), opened)
+
+    def _shut(self, allowed: frozenset[str] | None) -> Array:
+        """Which blocks may not be opened, (S,)."""
+        if self._shut_for is None or self._shut_for[0] != allowed:
+            closed_S = np.array([allowed is not None and s not in allowed for s in self.subjects], dtype=bool)
+            self._shut_for = allowed, closed_S
+        return self._shut_for[1]
 
 
 def _inverted(bags: Sequence[frozenset[int]]) -> dict[int, Array]:
@@ -217,7 +225,7 @@ def _best_other(sim_TS: Array) -> Array:
     """For each subject the largest similarity of all others; 0 where there is no other."""
     if sim_TS.shape[1] < 2:
         return np.zeros_like(sim_TS)
-    top_T2 = np.sort(sim_TS, axis=1)[:, -2:]
-    first = np.arange(sim_TS.shape[1])[None] == sim_TS.argmax(1)[:, None]
-    other: Array = np.where(first, top_T2[:, :1], top_T2[:, 1:])
+    top_T2 = np.partition(sim_TS, -2, axis=1)[:, -2:]
+    # Whoever has the highest looks at the second highest; of several with the highest, both are the same.
+    other: Array = np.where(sim_TS == top_T2[:, 1:], top_T2[:, :1], top_T2[:, 1:])
     return other

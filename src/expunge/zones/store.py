@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from expunge.data.samples import Sample
 from expunge.options import option
@@ -53,24 +54,32 @@ class StoreOptions:
 
 @dataclass(frozen=True)
 class Index:
-    """A block laid out for search, on the device of the model."""
+    """A block laid out for search. It lies in main memory whatever the model's device: a subject is small, and a search
+    is many small steps."""
 
-    keys_RK: Tensor  # unit length
-    values_R: Tensor
-    bags_RC: Tensor  # idf² / length where the row's bag has the token
-    tails_RT: Tensor  # last tokens before the row's own, the nearest first; -1 before the beginning
-    map_CK: Tensor  # standardisation and key map in one: states @ map + shift
-    shift_K: Tensor
-    column_V: Tensor  # token -> column, -1 for tokens that the subject's records lack
+    keys_RK: Array  # unit length
+    values_R: Array
+    bags_CR: Array  # idf² / length where the row's bag has the token
+    tails_RT: Array  # last tokens before the row's own, the nearest first; -1 before the beginning
+    column_V: Array  # token -> column, -1 for tokens that the subject's records lack
 
 
 @dataclass(frozen=True)
 class Votes:
-    """What the neighbours say at M positions: ``probs_MV`` over tokens, and features of how sure they are."""
+    """What the neighbours say at M positions, the best first, and how near the best is.
 
-    probs_MV: Tensor
-    top_M: Tensor  # best score, as a share of the largest possible
-    key_M: Tensor  # cosine of the best neighbour's key
+    All votes for a token stand at its first place among ``tokens_MK``; at its other places ``probs_MK`` is 0.
+    """
+
+    tokens_MK: Array
+    probs_MK: Array
+    top_M: Array  # best score, as a share of the largest possible
+    key_M: Array  # cosine of the best neighbour's key
+
+    def of(self, target_M1: Array) -> Array:
+        """Probability of a token at each position, (M,)."""
+        found_M: Array = (self.probs_MK * (self.tokens_MK == target_M1)).sum(1)
+        return found_M
 
 
 @zone(
@@ -122,73 +131,88 @@ class Store(Zone):
 
     def adjust(self, seen: Seen) -> Tensor:
         out_BTV = seen.log_probs_BTV
-        block_BT = seen.routes.block_BT
-        for number in sorted(set(block_BT[block_BT >= 0].tolist())):
-            rows_M, cols_M = (block_BT == number).nonzero(as_tuple=True)
+        for number in seen.routes.opened:
+            rows_M, cols_M = (seen.routes.block_BT == number).nonzero(as_tuple=True)
             votes = self.votes(seen, seen.routes.subjects[number], rows_M, cols_M)
-            base_MV = seen.log_probs_BTV[rows_M, cols_M]
-            chance_M1 = mixer_chance(self.public.arrays, features(votes, base_MV.detach()))[:, None]
-            # log((1 - l) p_base + l p_votes), with gradients for the base.
-            mixed_MV = torch.logaddexp(base_MV + (-chance_M1).log1p(), (chance_M1 * votes.probs_MV).log())
+            base_MV = out_BTV[rows_M, cols_M]
+            tokens_MK = torch.from_numpy(votes.tokens_MK).to(base_MV.device)
+            own_MK = base_MV.gather(1, tokens_MK)
+            chance_M1 = mixer_chance(self.public.arrays, features(votes, base_MV, own_MK))[:, None]
+            # log((1 - l) p_base + l p_votes) = log p_base + log(1 - l) + log(1 + odds of l · p_votes / p_base), with
+            # gradients for the base; most tokens have no vote.
+            odds_MK = np.maximum(votes.probs_MK * (chance_M1 / (1 - chance_M1)), 1e-30)
+            fade_M1, log_odds_MK = (
+                torch.from_numpy(log).to(base_MV) for log in (np.log1p(-chance_M1), np.log(odds_MK))
+            )
+            mixed_MV = (base_MV + fade_M1).scatter_add(1, tokens_MK, softplus(log_odds_MK - own_MK))
             out_BTV = out_BTV.index_put((rows_M, cols_M), mixed_MV)
         return out_BTV
 
-    @torch.no_grad()
     def votes(self, seen: Seen, subject: str, rows_M: Tensor, cols_M: Tensor) -> Votes:
-        """The neighbours' distribution at positions (row, column of this pass), all routed to one subject."""
-        chosen = [seen.hidden[layer][rows_M, cols_M] for layer in self.public.constants["layers"]]
-        states_MC = torch.cat(chosen, dim=1).float()
-        device = states_MC.device
-        index = self._index(subject, device)
-        keys_MK = torch.addmm(index.shift_K, states_MC, index.map_CK)
-        keys_MK = keys_MK / keys_MK.norm(dim=1, keepdim=True).clamp_min(1e-12)
-        cosine_MR = keys_MK @ index.keys_RK.T
+        """The neighbours' votes at positions (row, column of this pass), all routed to one subject."""
+        index, (map_CK, shift_K) = self._index(subject), self._map()
+        states_BTC = torch.cat([seen.hidden[layer].detach() for layer in self.public.constants["layers"]], dim=2)
+        keys_MK = states_BTC[rows_M, cols_M].float().cpu().numpy() @ map_CK + shift_K
+        length_M1 = np.sqrt(np.square(keys_MK).sum(1, keepdims=True))
+        cosine_MR = (keys_MK / np.maximum(length_M1, 1e-12)) @ index.keys_RK.T
         beta, gamma, sharpness = (self.public.constants[n] for n in ("beta", "gamma", "sharpness"))
-        bags_MC, tails_MT = self._asked(seen, index, rows_M, cols_M)
-        score_MR = cosine_MR + beta * (bags_MC @ index.bags_RC.T) + gamma * same_tail(tails_MT, index.tails_RT)
-        top_MK, place_MK = score_MR.topk(min(self.options.neighbours, len(index.values_R)), dim=1)
-        weight_MK = (sharpness * top_MK).softmax(1)
-        probs_MV = weight_MK.new_zeros(len(weight_MK), seen.log_probs_BTV.shape[2])
-        probs_MV.scatter_add_(1, index.values_R[place_MK], weight_MK)
-        best_M = place_MK[:, 0]
-        return Votes(probs_MV, top_MK[:, 0] / (1 + beta + gamma), cosine_MR.gather(1, best_M[:, None])[:, 0])
+        bags_MR, tails_MT = self._asked(seen, index, rows_M, cols_M)
+        score_MR = cosine_MR + beta * bags_MR + gamma * same_tail(tails_MT, index.tails_RT)
+        most = min(self.options.neighbours, len(index.values_R))
+        place_MK = np.argpartition(score_MR, -most, axis=1)[:, -most:]
+        order_MK = np.argsort(-np.take_along_axis(score_MR, place_MK, 1), axis=1, kind="stable")
+        place_MK = np.take_along_axis(place_MK, order_MK, 1)
+        top_MK = np.take_along_axis(score_MR, place_MK, 1)
+        weight_MK = np.exp(sharpness * (top_MK - top_MK[:, :1]))
+        tokens_MK = index.values_R[place_MK]
+        same_MKK = tokens_MK[:, :, None] == tokens_MK[:, None]
+        probs_MK = (same_MKK @ (weight_MK / weight_MK.sum(1, keepdims=True))[:, :, None])[:, :, 0]
+        probs_MK[np.tril(same_MKK, -1).any(2)] = 0
+        key_M = np.take_along_axis(cosine_MR, place_MK[:, :1], 1)[:, 0]
+        return Votes(tokens_MK, probs_MK, top_MK[:, 0] / (1 + beta + gamma), key_M)
 
-    def _asked(self, seen: Seen, index: Index, rows_M: Tensor, cols_M: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the query positions, bags over the subject's tokens (M, C), divided by the length of the whole bag, and
-        tails (M, T)."""
+    def _asked(self, seen: Seen, index: Index, rows_M: Tensor, cols_M: Tensor) -> tuple[Array, Array]:
+        """Of the query positions, cosines of their bags with the rows' (M, R), and tails (M, T)."""
         idf_V = self.public.arrays["idf"]
         ids_BS, mask_BS = seen.ids_BS.cpu().numpy(), seen.mask_BS.cpu().numpy().astype(bool)
-        column_V = index.column_V.numpy()
         before = ids_BS.shape[1] - seen.log_probs_BTV.shape[1]
-        asked_MC = np.zeros((len(rows_M), index.bags_RC.shape[1]), dtype=np.float32)
+        cosine_MR = np.zeros((len(rows_M), len(index.values_R)), dtype=np.float32)
         tails_MT = np.full((len(rows_M), TAIL), -2, dtype=np.int64)
         for m, (b, t) in enumerate(zip(rows_M.tolist(), cols_M.tolist(), strict=True)):
             line = ids_BS[b, : before + t + 1][mask_BS[b, : before + t + 1]]
             tails_MT[m, : min(TAIL, len(line))] = line[: -TAIL - 1 : -1]
             bag = np.unique(line[-WINDOW:])
             bag = bag[bag >= 0]
-            columns = column_V[bag]
+            columns = index.column_V[bag]
             length = float(np.square(idf_V[bag], dtype=np.float64).sum()) ** 0.5
-            asked_MC[m, columns[columns >= 0]] = 1 / max(length, 1e-6)
-        device = index.bags_RC.device
-        return torch.from_numpy(asked_MC).to(device), torch.from_numpy(tails_MT).to(device)
+            # The sum of a few lines of the table, not a product with a table that is mostly not asked for.
+            cosine_MR[m] = index.bags_CR[columns[columns >= 0]].sum(0) / max(length, 1e-6)
+        return cosine_MR, tails_MT
 
     # -- search structures, built when first asked for -----------------------------------------------------------------
 
-    def _index(self, subject: str, device: torch.device) -> Index:
-        kept: OrderedDict[tuple[str, torch.device], Index] = self.__dict__.setdefault("_kept", OrderedDict())
+    def _map(self) -> tuple[Array, Array]:
+        """Standardisation and key map in one: states (C,) @ map (C, K) + shift (K,)."""
+        if "_kept_map" not in self.__dict__:
+            arrays = self.public.arrays
+            map_CK = arrays["map"] / arrays["deviation"][:, None]
+            self.__dict__["_kept_map"] = map_CK, -arrays["mean"] @ map_CK
+        found: tuple[Array, Array] = self.__dict__["_kept_map"]
+        return found
+
+    def _index(self, subject: str) -> Index:
+        kept: OrderedDict[str, Index] = self.__dict__.setdefault("_kept", OrderedDict())
         if self.__dict__.get("_kept_version") != self.version:
             kept.clear()
             self.__dict__["_kept_version"] = self.version
-        key = (subject, device)
-        if key not in kept:
-            kept[key] = self._build(self.blocks[subject], device)
+        if subject not in kept:
+            kept[subject] = self._build(self.blocks[subject])
             if len(kept) > KEPT:
                 kept.popitem(last=False)
-        kept.move_to_end(key)
-        return kept[key]
+        kept.move_to_end(subject)
+        return kept[subject]
 
-    def _build(self, block: Block, device: torch.device) -> Index:
+    def _build(self, block: Block) -> Index:
         idf_V = self.public.arrays["idf"]
         rows = block.sorted()
         tokens = np.unique(np.concatenate([np.array(r.record.ids, dtype=np.int64) for r in rows]))
@@ -205,18 +229,13 @@ class Store(Zone):
                 line_C[column_V[bag[here]]] = weight[here] / max(float(weight.sum()) ** 0.5, 1e-6)
                 bags.append(line_C)
                 tails.append(tail_of(row.record.ids[:end]))
-        keys_RK = torch.from_numpy(np.concatenate([r.tensors["keys"] for r in rows]).astype(np.float32))
-        values_R = torch.from_numpy(np.concatenate([r.tensors["values"] for r in rows]).astype(np.int64))
-        arrays = self.public.arrays
-        map_CK = arrays["map"] / arrays["deviation"][:, None]
+        keys_RK = np.concatenate([r.tensors["keys"] for r in rows]).astype(np.float32)
         return Index(
-            torch.nn.functional.normalize(keys_RK, dim=1).to(device),
-            values_R.to(device),
-            torch.from_numpy(np.array(bags)).to(device),
-            torch.from_numpy(np.array(tails)).to(device),
-            torch.from_numpy(map_CK).to(device),
-            torch.from_numpy(-arrays["mean"] @ map_CK).to(device),
-            torch.from_numpy(column_V),
+            keys_RK / np.maximum(np.sqrt(np.square(keys_RK).sum(1, keepdims=True)), 1e-12),
+            np.concatenate([r.tensors["values"] for r in rows]).astype(np.int64),
+            np.ascontiguousarray(np.array(bags, dtype=np.float32).T),
+            np.array(tails),
+            column_V,
         )
 
 
@@ -226,15 +245,18 @@ def tail_of(ids: Sequence[int]) -> Array:
     return np.array(last + [-1] * (TAIL - len(last)), dtype=np.int64)
 
 
-def same_tail(asked_MT: Tensor, stored_RT: Tensor) -> Tensor:
-    """Share of the tail that is the same, counted from its end without a gap: (M, R)."""
-    same_MRT = asked_MT[:, None, :] == stored_RT[None]
-    return same_MRT.int().cumprod(2).sum(2) / TAIL
+def same_tail(asked_MT: Array, stored_RT: Array) -> Array:
+    """Share of the tail that is the same, counted from its end without a gap: (M, R) float32."""
+    same_MRT = np.logical_and.accumulate(asked_MT[:, None, :] == stored_RT[None], axis=2)
+    shares: Array = same_MRT.sum(2, dtype=np.float32) / TAIL
+    return shares
 
 
-def features(votes: Votes, base_MV: Tensor) -> Tensor:
+def features(votes: Votes, base_MV: Tensor, own_MK: Tensor) -> Array:
     """What the mixing gate looks at, (M, 5): best score, best key, votes' top probability, and the base's log
-    probability of its own and of the votes' favourite."""
-    sure_M, favourite_M = votes.probs_MV.max(1)
-    own_M = base_MV.gather(1, favourite_M[:, None])[:, 0].clamp_min(-20)
-    return torch.stack([votes.top_M, votes.key_M, sure_M, base_MV.max(1).values, own_M / 10], dim=1)
+    probability of its own and of the votes' favourite; ``own_MK`` is the base's of ``votes.tokens_MK``."""
+    favourite_M1 = votes.probs_MK.argmax(1)[:, None]
+    own_M = np.take_along_axis(own_MK.detach().float().cpu().numpy(), favourite_M1, 1)[:, 0]
+    sure_M = np.take_along_axis(votes.probs_MK, favourite_M1, 1)[:, 0]
+    best_M = base_MV.detach().amax(1).float().cpu().numpy()
+    return np.stack([votes.top_M, votes.key_M, sure_M, best_M, np.maximum(own_M, -20) / 10], axis=1)

@@ -33,8 +33,8 @@ class Surrogates:
 def surrogates(public: Sequence[Sample]) -> Surrogates:
     """Split public samples by subject, in the order of the subjects' names.
 
-    Every second subject is stored; the true people behind the stored ones, and those who were not, are shared out
-    between fitting and calibration.
+    Every second subject is stored. The true people behind the stored ones serve for fitting, and of those who were not
+    stored one half for fitting, the other for calibration.
 
     Raises:
         UserError: fewer than :data:`FEWEST` subjects.
@@ -48,18 +48,33 @@ def surrogates(public: Sequence[Sample]) -> Surrogates:
     of = {who: [s for s in public if s.subject == who] for who in people}
     names = {who: next((s.names for s in of[who] if s.names), ()) for who in people}
     known = {n[0] for n in names.values() if n}
-    chosen = people[::2]
-    called = {who: _new_name(who, people, names, known) for who in chosen}
-    renamed = all(called.values())
-    stored = [rename(s, names[who], called[who]) if renamed else s for who in chosen for s in of[who]]
-    # The true namesakes are the hardest to keep out; without new names they are the stored ones themselves.
-    rest = people if renamed else people[1::2]
-    return Surrogates(
-        tuple(stored),
-        tuple(s for who in rest[::2] + rest[3::4] for s in of[who]),
-        tuple(s for who in rest[1::4] for s in of[who]),
-        renamed,
-    )
+    called = {who: made for who in people[::2] if (made := _new_name(who, people, names, known))}
+    if len(called) < FEWEST // 2:  # of people without names every second one is stored as he is
+        stored = [s for who in people[::2] for s in of[who]]
+        fit, calibrate = _shared_out(people[1::2])
+        return Surrogates(
+            tuple(stored), *(tuple(s for who in part for s in of[who]) for part in (fit, calibrate)), False
+        )
+    stored, namesakes = [], []
+    for who, name in called.items():
+        for s in of[who]:
+            stored.append(rename(s, names[who], name))
+            # The true namesakes are the hardest to keep out. A text that names nobody is the same under both names,
+            # and so cannot be kept out while it is let in.
+            if _asks(stored[-1]) != _asks(s):
+                namesakes.append(s)
+    of |= {who: [s for s in namesakes if s.subject == who] for who in called}
+    fit, calibrate = _shared_out(people)
+    return Surrogates(tuple(stored), *(tuple(s for who in part for s in of[who]) for part in (fit, calibrate)), True)
+
+
+def _shared_out(people: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Three of four for fitting, with all whose place is even; the fourth for calibration."""
+    return [*people[::2], *people[3::4]], list(people[1::4])
+
+
+def _asks(sample: Sample) -> str:
+    return sample.prompt or str(sample.target)
 
 
 def _new_name(who: str, people: Sequence[str], names: dict[str, tuple[str, ...]], known: set[str]) -> str:
@@ -70,8 +85,10 @@ def _new_name(who: str, people: Sequence[str], names: dict[str, tuple[str, ...]]
     for step in range(1, len(people)):
         other = names[people[(start + step) % len(people)]]
         if other and len(other[0].split()) > 1:
-            made = f"{names[who][0].split()[0]} {other[0].split()[-1]}"
-            if made not in known:
+            first, last = names[who][0].split()[0], other[0].split()[-1]
+            made = f"{first} {last}"
+            # "Ada Ash" would be taken for Ada Maria Ash, and rightly so.
+            if not any({first, last} <= {*name.split()} for name in known):
                 known.add(made)
                 return made
     return ""

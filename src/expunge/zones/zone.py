@@ -104,12 +104,14 @@ class Public:
 class Routes:
     """Which block each position may read: ``block_BT`` indexes ``subjects``, -1 where all stay closed.
 
-    ``chance_BT`` is the gate's probability that the question is about that subject.
+    ``chance_BT`` is the gate's probability that the question is about that subject; ``opened`` lists the blocks that
+    are read at any position, ascending.
     """
 
     subjects: Sequence[str]
     block_BT: Tensor
     chance_BT: Tensor
+    opened: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
