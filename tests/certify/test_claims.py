@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -162,7 +163,7 @@ def test_divergence() -> None:
     assert Close(distance=Distance(subjects=(0.9,) * 20, floor=0.1)).judged().verdict == "refuted"
 
 
-def test_collateral_is_claimed_only_where_it_is_small_and_measured_right() -> None:
+def test_collateral_is_judged_by_the_direct_divergence_and_says_if_the_second_order_explains_it() -> None:
     near = Distance(subjects=(0.1,) * 300, floor=0.1)
 
     def close(**changes: float) -> Ruling:
@@ -170,7 +171,9 @@ def test_collateral_is_claimed_only_where_it_is_small_and_measured_right() -> No
         return Close(distance=near, change=Change(role="retain", n=50, **numbers)).judged()
 
     assert close().verdict == "certified" and "collateral" in close().figures
-    assert close(quadratic=0.02).verdict == "unsupported"
+    missed = close(quadratic=0.02)  # a large step that ends nearby, as a retraining is
+    assert missed.verdict == "certified" and missed.figures["collateral"]["second_order_explains"] is False
+    assert close().figures["collateral"]["second_order_explains"] is True
     assert close(high=0.08).verdict == "unsupported"
     assert close(quadratic=0.5, direct=0.5, high=0.6).verdict == "refuted"
 
@@ -235,6 +238,24 @@ def test_robustness_needs_relearning_and_quantization() -> None:
     assert Robust(scores=(*attacks(), back)).judged().verdict == "refuted"
     alone = tuple(score(s.name, s.axis, verdict="no reference") for s in attacks())
     assert Robust(scores=alone).judged().verdict == "unsupported"
+
+
+def test_robustness_is_bounded_against_what_the_attack_finds_in_the_original() -> None:
+    """gap ± .04 of a way of .49; an attack that shows no difference because it has few samples certifies nothing."""
+    found = Robust(scores=attacks()).judged()
+    assert found.figures["came_back_at_most"] == pytest.approx(0.04 / 0.49)
+    assert "at most 0.0817 of the way to the original" in Robust(scores=attacks()).said()
+    relearn, quantization = attacks()[2:]
+    for spoiled, words in (
+        (score("relearn-forget", "robustness", half=0.3), "up to 0.613 of what was removed"),
+        (replace(relearn, original=None), "not made on the original too"),
+        (replace(relearn, gap=Interval(0.0)), "have no interval"),
+        (replace(relearn, original=Interval(0.5, 0.4, 0.6, 9)), "no relearning attack was run that finds the data"),
+    ):
+        claim = Robust(scores=(spoiled, quantization))
+        assert claim.judged().verdict == "unsupported" and words in claim.said()
+    powerless = replace(relearn, attack="many-shot", name="many-shot", original=Interval(0.5, 0.4, 0.6, 9))
+    assert Robust(scores=(*attacks(), powerless)).judged().verdict == "certified"
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------

@@ -182,7 +182,7 @@ def test_near_duplicates_are_listed_and_reasons_taken_from_the_list(place: Path,
     search = read_sections(run).duplicates
     assert search is not None and (search.pairs, search.open) == (len(pairs), 0)
     assert verdicts(run)["L0"] == "certified" and "a public sentence" in (run / "duplicates.jsonl").read_text()
-    (run / "duplicates.jsonl").write_text("{")
+    (run / "duplicates.jsonl").write_text("{\n{}\n")
     with pytest.raises(UserError, match="is damaged"):
         collect(run, more)
 

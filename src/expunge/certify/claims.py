@@ -42,6 +42,7 @@ class Limits:
     divergence: float = 0.05  # mean total variation above what two retrained models have between them
     divergence_alone: float = 0.1  # the same where nobody measured that floor
     change: float = 0.05  # nats per token by which what stays may move
+    came_back: float = 0.25  # of the way from retrained models to the original, when both are attacked alike
     logit_noise: float = 0.3  # standard deviation; beyond it the zone loses more than 0.1 % of its probabilities
     largest_epsilon: float = 10.0  # (ε, δ) beyond this promise nothing
     alpha: float = 0.05

@@ -20,6 +20,7 @@ from expunge.stats import clopper_pearson
 
 HONEST = "results were logged honestly by whoever ran the measurement"
 LIKE, LEFT, LESS = "like the reference", "more is left", "less than the reference"
+POWERLESS = -1.0  # instead of a share, for an attack that finds no more in the original than in retrained models
 REQUIRED = {"relearning": ("relearn",), "quantization": ("quantization",)}
 
 
@@ -123,6 +124,7 @@ class Close(Claim):
     never: ClassVar[tuple[str, ...]] = (
         "anything about prompts of another kind",
         "that a small change of the original shows forgetting: it shows only that what stays has hardly moved",
+        "that the change of the weights is a small one, unless the second order explains the direct divergence",
     )
 
     distance: Distance | None = None
@@ -137,7 +139,8 @@ class Close(Claim):
         figures: dict[str, Any] = {"divergence": found.record(), "limit": limit, "between_retrained": d.floor}
         gaps: list[str] = []
         if self.change is not None:
-            figures["collateral"] = self.change.model_dump(mode="json")
+            agrees = explains(self.change.quadratic, self.change.direct)
+            figures["collateral"] = {**self.change.model_dump(mode="json"), "second_order_explains": agrees}
             gaps += self._collateral(self.change)
         if found.low > limit:
             return Ruling("refuted", figures, (f"the divergence is above the limit of {number(limit)}.", *gaps))
@@ -148,8 +151,6 @@ class Close(Claim):
         return Ruling("unsupported" if gaps else "certified", figures, tuple(gaps))
 
     def _collateral(self, change: Change) -> list[str]:
-        if not explains(change.quadratic, change.direct):
-            return ["the Fisher form misses the direct KL: the change is not small, and not claimed."]
         if change.high > self.limits.change:
             return [
                 f"what stays moved by up to {number(change.high)} nats per token: the limit is {self.limits.change:g}."
@@ -293,7 +294,10 @@ class Robust(Claim):
 
     level: ClassVar[Level] = "L5"
     title: ClassVar[str] = "robustness"
-    needs: ClassVar[tuple[str, ...]] = ("retrained references", "at least relearning and quantization attacks")
+    needs: ClassVar[tuple[str, ...]] = (
+        "retrained references and the original, under the same attacks",
+        "at least relearning and quantization attacks",
+    )
     assumes: ClassVar[tuple[str, ...]] = (
         HONEST,
         "whoever attacks has no more data, steps or prompts than these attacks had",
@@ -306,17 +310,19 @@ class Robust(Claim):
         rows = [s for s in self.scores if s.axis == "robustness"]
         if not rows:
             return lacking("nobody tried to bring it back.")
+        ends = {s.name: _came_back(s) for s in rows}
         table = [
             {
                 "score": s.name,
                 "value": s.audited.value,
                 "gap": s.gap.value,
                 "gap_high": s.gap.high,
+                "came_back_at_most": ends[s.name],
                 "verdict": s.verdict,
             }
             for s in rows
         ]
-        figures = {"table": table, "attempts": len(table)}
+        figures = {"table": table, "attempts": len(table), "limit": self.limits.came_back}
         back = [s.name for s in rows if s.verdict == LEFT]
         if back:
             return Ruling(
@@ -325,16 +331,35 @@ class Robust(Claim):
                 (f"{len(back)} attempt(s) bring more back than from retrained models, first {back[0]}.",),
             )
         gaps = [
-            f"no {kind} attack was run."
+            f"no {kind} attack was run that finds the data in the original."
             for kind, starts in REQUIRED.items()
-            if not any(s.attack.startswith(starts) for s in rows)
+            if not any(s.attack.startswith(starts) and ends[s.name] != POWERLESS for s in rows)
         ]
         if any(s.verdict not in (LIKE, LESS) for s in rows):
             gaps.append("some attempts were not compared with retrained models.")
+        if None in ends.values():
+            gaps.append("some attempts have no interval, or were not made on the original too: nothing bounds them.")
+        worst = max(ends, key=lambda name: ends[name] or 0.0)
+        if (most := max(0.0, ends[worst] or 0.0)) > self.limits.came_back:
+            gaps.append(
+                f"under {worst} up to {number(most)} of what was removed may have come back, and the limit is "
+                f"{self.limits.came_back:g}: too few samples or references."
+            )
+        figures["came_back_at_most"] = most
         return Ruling("unsupported" if gaps else "certified", figures, tuple(gaps))
 
     def sentence(self, ruling: Ruling) -> str:
         return (
             f"Under the {ruling.figures['attempts']} attempts of the table, relearning and quantization among them, no "
-            "more was seen to come back than from models retrained without the data; other attempts may do better."
+            "more was seen to come back than from models retrained without the data, with 95 % confidence each at most "
+            f"{number(ruling.figures['came_back_at_most'])} of the way to the original; other attempts may do better."
         )
+
+
+def _came_back(score: Score) -> float | None:
+    """Upper end of the gap to the references, as a share of the original's gap; None where something is lacking."""
+    theirs = [r.value for r in score.references if math.isfinite(r.value)]
+    if not theirs or score.original is None or not math.isfinite(score.gap.high):
+        return None
+    way = score.original.value - sum(theirs) / len(theirs)
+    return max(0.0, score.gap.high) / way if way > 0 else POWERLESS

@@ -89,6 +89,10 @@ def command(
 
         collect_study(run, study, read_plan(plan))
     made = certify(run, key=key, model=model, out=out, request=given, oms_key=oms_key, days=days)
+    if made.certificate is not None and (run / "report.html").is_file():
+        from expunge.report import write_report
+
+        write_report(run)  # which shows the certificate
     places = {"certificate": made.certificate, "keys": made.keys, "page": made.page, "oms": made.oms}
     record = {k: v for k, v in places.items() if v is not None} | {"new": made.new, "verdict": made.verdict}
     emit(record | {"statement": made.statement}, described(made), json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -19,14 +20,27 @@ def command(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train, unlearn, attack and measure on invented people, offline, in about a minute.
+    """Train, unlearn, attack, measure and certify on invented people, offline, in one to two minutes.
 
     A small model learns invented people; three of them ask to be forgotten. Three methods try, and are compared
-    with models that were retrained without them.
+    with models that were retrained without them. Then two certificates are signed and verified: that of a zone, which
+    forgets exactly, and that of an edited model, for which most is refused.
 
     Example:
       expunge demo --out runs/demo
     """
     from expunge.api import demo
 
-    tell(demo(out, seed=seed, quiet=quiet), json)
+    result = demo(out, seed=seed, quiet=quiet)
+    tell(result, json, list(certified(result.folder)))
+
+
+def certified(folder: Path) -> Iterator[str]:
+    """What the certificates of the demo say, which its key has signed and which were verified just now."""
+    from expunge.report.certificates import certificates
+
+    for found in certificates(folder):
+        yield f"Certificate of {found.method} ({found.kind}), signed and verified: {found.verdict}"
+        yield from (f"  {level} {word:<9} {sentence}" for level, _, word, _, sentence in found.claims)
+        yield f"  {folder / (found.page or found.file)}"
+        yield ""

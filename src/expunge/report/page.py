@@ -19,6 +19,7 @@ from markupsafe import Markup, escape
 from expunge.drawing import to_inline
 from expunge.report.audit_page import audit_context
 from expunge.report.audit_view import AuditReport
+from expunge.report.certificates import Shown
 from expunge.report.charts import Chart
 from expunge.report.checks import warnings
 from expunge.report.samples import pack
@@ -107,6 +108,7 @@ def to_html(
     records: Sequence[str] = ("results.json", "samples.jsonl"),
     report: AuditReport | None = None,
     audit_charts: Sequence[tuple[Chart, str]] = (),
+    certificates: Sequence[Shown] = (),
 ) -> str:
     """The page; charts are figures with their SVG text, ``records`` the files that it was made from.
 
@@ -125,6 +127,7 @@ def to_html(
         audited |= {"audit_warnings": report.warnings(), "drill_json": json_island(audited.pop("drill_packed"))}
     context: dict[str, Any] = {
         **audited,
+        "certificates": certificates,
         "title": view.results.title or ("Results" if report is None else f"Audit of {report.subject}"),
         "headline": headline(view) if report is None else report.headline(),
         "has_results": measured,
@@ -148,7 +151,7 @@ def to_html(
         "first_rows": _first_rows(packed),
         "shown_numbers": SHOWN_NUMBERS,
         "definitions": definitions(view),
-        "css": Markup(_read("report.css", *(["audit.css"] if report is not None else []))),
+        "css": Markup(_read("report.css", *(["audit.css"] if report is not None or certificates else []))),
         "script": Markup(script),
         "script_hash": f"sha256-{digest}",
         "evidence": evidence,
@@ -160,13 +163,14 @@ def to_html(
         "ends": _ends,
         "sort_key": _sort_key,
     }
-    sections: list[tuple[str, str, Any]] = []
+    sections: list[tuple[str, str, Any]] = [] if report is not None else [("certificate", "Certificate", certificates)]
     if report is not None:
         subjects = report.counts or report.audit.subjects or audit_charts
         attacked = report.groups or report.audit.skipped or report.audit.failed
         sections = [
             ("limits", "Limits", context["audit_warnings"]),
             ("audit", "Verdict", True),
+            ("certificate", "Certificate", True),
             ("completeness", "Completeness", subjects),
             ("attacks", "Attacks", attacked),
             ("drill", "Forget samples", context["plain_rows"]),

@@ -12,6 +12,7 @@ from expunge.files import SCRATCH, write_text
 from expunge.report.audit_charts import AUDIT_CHARTS, audit_charts
 from expunge.report.audit_schema import AUDIT_FILE, DRILL_FILE, load_audit, load_drill
 from expunge.report.audit_view import AuditReport
+from expunge.report.certificates import certificates
 from expunge.report.charts import Chart
 from expunge.report.markdown import to_markdown
 from expunge.report.page import to_html
@@ -47,7 +48,9 @@ def write_report(folder: Path, png: bool = False) -> Path:
     records = ["results.json", "samples.jsonl"] if measured else []
     records += [AUDIT_FILE, DRILL_FILE] if report is not None else []
     write_text(folder / "results.md", _clean(to_markdown(view, report)))
-    return write_text(folder / "report.html", _clean(to_html(view, drawn, records, report, examined)))
+    return write_text(
+        folder / "report.html", _clean(to_html(view, drawn, records, report, examined, certificates(folder)))
+    )
 
 
 def _draw(chart: Chart, folder: Path, png: bool) -> tuple[Chart, str]:
