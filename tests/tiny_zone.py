@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,7 +16,7 @@ from expunge.signals.forward import collect
 from expunge.training.loop import TrainOptions, fit
 from expunge.zones.model import ZonedModel
 from expunge.zones.storage import digest_weights
-from expunge.zones.zone import FrozenBase, get_zone
+from expunge.zones.zone import FrozenBase, Public, get_zone
 from tiny_text import tiny_adapter, tiny_dataset, tiny_model
 
 SALT = "5a" * 32
@@ -41,14 +41,24 @@ def frozen() -> FrozenBase:
     return FrozenBase(base(), tiny_adapter())
 
 
-def zone_over(kind: str, private: Sequence[Sample], **options: Any) -> ZonedModel:
-    """A zone of that kind over the base; ``options`` as the kind's."""
-    found, here = get_zone(kind), frozen()
-    settings = found.options(**{"false_open": 0.05, **options})
+@cache
+def public(kind: str, options: tuple[tuple[str, Any], ...]) -> Public:
+    """The public artefacts of a zone, fitted once."""
+    found = get_zone(kind)
     with evaluating(base()):
-        public = found.build.prepare(here, world()["utility"], settings, 0)
-        zone = found.build(settings, public, digest_weights(base()), SALT)
-        zone.add([zone.record(s, here.adapter) for s in private], here)
+        return found.build.prepare(frozen(), world()["utility"], found.options(**dict(options)), 0)
+
+
+def zone_over(
+    kind: str, private: Sequence[Sample], owners: Mapping[str, tuple[str, ...]] | None = None, **options: Any
+) -> ZonedModel:
+    """A zone of that kind over the base; ``options`` as the kind's, ``owners`` by record id."""
+    found, here = get_zone(kind), frozen()
+    options = {"false_open": 0.05, **options}
+    with evaluating(base()):
+        artefacts = public(kind, tuple(sorted(options.items())))
+        zone = found.build(found.options(**options), artefacts, digest_weights(base()), SALT)
+        zone.add([zone.record(s, here.adapter, (owners or {}).get(s.id, ())) for s in private], here)
     return ZonedModel(base(), zone)
 
 
