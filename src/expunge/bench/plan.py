@@ -121,6 +121,8 @@ def check_study(dataset: Dataset, options: StudyOptions) -> None:
             raise UserError(f"--size-impact {size}: give numbers from 1 to {total - 1} (the private samples).")
     if len(set(options.size_impact)) < len(options.size_impact):
         raise UserError(f"--size-impact {','.join(map(str, options.size_impact))} names a size twice: name each once.")
+    if not 0 <= options.matched <= 100:
+        raise UserError(f"--matched {options.matched}: give a percentage from 1 to 100, such as 98.")
     if options.sequential:
         sequence(dataset, options.sequential)
     if options.tune:
@@ -142,6 +144,7 @@ class StudyOptions:
     sequential: int = option(0, "split the forget set into so many requests, one after another")
     size_impact: Sequence[int] = option((), "numbers of forget samples to compare")
     tune: int = option(0, "trials per method on validation subjects, before the measured runs")
+    matched: int = option(0, "compare at this percentage of the original's retain probability too; 0 = do not")
     keep_models: bool = option(False, "keep the unlearned models in the run folder")
     precision: str = option("fp32", "fp32 or bf16 passes", "", ("fp32", "bf16"))
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)

@@ -23,6 +23,7 @@ from expunge.stats import bootstrap_mean, seed_interval
 if TYPE_CHECKING:
     from expunge.bench.plan import StudyOptions
 
+STUDIES = ("main", "matched", "sequential", "size")
 CURVE_POINTS = 120
 SCHEMA = "expunge.results/1"
 SHARES = re.compile(  # metrics that lie in [0, 1]
@@ -59,6 +60,8 @@ def properties(method: Method) -> dict[str, Any]:
         "removes_from_weights": method.removes_from_weights,
         "helpers_hold_data": method.helpers_hold_data,
         "sequential": method.sequential,
+        "changes": method.changes,
+        "modalities": sorted(method.modalities),
         "paper": method.paper,
     }
 
@@ -108,8 +111,8 @@ def write(
 ) -> None:
     """results.json and samples.jsonl from the rows on disk."""
     rows = [json.loads(p.read_text()) for p in sorted((run.folder / "rows").glob("*.json"))]
-    rows = [r for r in rows if r["study"] in ("main", "size", "sequential")]
-    rows.sort(key=lambda r: (("main", "sequential", "size").index(r["study"]), KINDS.index(r["kind"])))
+    rows = [r for r in rows if r["study"] in STUDIES]
+    rows.sort(key=lambda r: (STUDIES.index(r["study"]), KINDS.index(r["kind"])))
     failed = [r for r in rows if "failed" in r]
     good = [r for r in rows if "failed" not in r]
     warnings = [*dataset.notes]

@@ -23,6 +23,7 @@ from torch import nn
 from expunge.bench import results
 from expunge.bench.cost import Cost, measure
 from expunge.bench.evaluate import Evaluation, References, evaluate
+from expunge.bench.matched import at_level
 from expunge.bench.plan import Entry, StudyOptions
 from expunge.bench.prepare import Workshop, split_holdout
 from expunge.bench.tune import tuned
@@ -351,6 +352,9 @@ class Study:
             return None
         if in_place and outcome.model is not model:  # a method that makes a new model; the next request starts from it
             model.load_state_dict(outcome.model.state_dict())
+        matched = method.changes in ("all", "some") and key.startswith("main/")
+        if self.options.matched and matched:  # first, so that a run that is stopped between the two does both again
+            self.matched_row(key, common, outcome.model, original, dataset, measured, references, start)
         evaluation = self.evaluate(outcome.model, measured, references, start, seed)
         extra = results.request_metrics(outcome.model, self.shop.adapter, requests)
         if self.options.keep_models:
@@ -368,6 +372,25 @@ class Study:
             },
             evaluation,
         )
+
+    def matched_row(
+        self,
+        key: str,
+        common: dict[str, Any],
+        model: nn.Module,
+        original: nn.Module,
+        dataset: Dataset,
+        measured: Dataset,
+        references: References | None,
+        start: Evaluation | None,
+    ) -> None:
+        """The same edit, as far as the retain set stays at the level that all methods are compared at."""
+        level, seed = self.options.matched, common["seed"]
+        mixed, share = at_level(model, original, self.shop.adapter, dataset["retain"], level / 100, seed)
+        evaluation = self.evaluate(mixed, measured, references, start, seed)
+        notes = [f"share of the edit: {share:.3f}"]
+        content = {**common, "position": level, "notes": notes, "record": {"share": share}, "cost": {}}
+        self._store(f"{key.replace('main/', 'matched/', 1)}@{level}", content, evaluation)
 
     def _store(self, key: str, content: dict[str, Any], evaluation: Evaluation) -> dict[str, Any]:
         whole = results.write_row(self.run, key, {**content, **results.of_evaluation(evaluation)})

@@ -1,8 +1,9 @@
 """The same number of trials for every method, on validation subjects that the measured forget set never contains.
 
 The rule is fixed beforehand: the first trial is the method's defaults; the others draw the learning rate (×10^U(-1,1)
-for families, ×2^U(-1,1) for the flagship, which is less sensitive), the passes (×½, 1, 2) and the retain term. A
-trial's score is the share of the total-variation gap closed on the validation forget set, less 10 per point of retain
+for families, ×2^U(-1,1) for the flagship, which is less sensitive), the passes (×½, 1, 2) and the retain term; a
+method without a learning rate has all its options that are fractional numbers above 0 drawn (×4^U(-1,1)). A trial's
+score is the share of the total-variation gap closed on the validation forget set, less 10 per point of retain
 ratio below .985, less 2 per point of two-sided membership distance above .05, less 5 per point of the cost of
 retraining above .25; the best trial's settings are used.
 """
@@ -14,6 +15,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import nn
 
 from expunge.bench.evaluate import evaluate
 from expunge.data.deletion import by_subject
@@ -51,18 +53,32 @@ def draws(study: Study, entry: Entry, trials: int) -> list[dict[str, Any]]:
     fields = {f.name for f in dataclasses.fields(defaults)}
     found: list[dict[str, Any]] = [dict(entry.settings)]
     for _ in range(trials - 1):
-        drawn: dict[str, Any] = dict(entry.settings)
-        spread = 2 ** rng.uniform(-1, 1) if entry.method.name == "cluster" else 10 ** rng.uniform(-1, 1)
-        rate = defaults.learning_rate
-        if rate is None:
-            rate = sized_rate(study.shop.loaded.model, 1e-5)
-        drawn["learning_rate"] = float(rate * spread)
-        drawn["epochs"] = float(defaults.epochs * rng.choice([0.5, 1.0, 2.0]))
-        kind = str(rng.choice(["nll", "kl"]))
-        if "retain" in fields and getattr(defaults, "retain") != "none":  # noqa: B009 - fields differ by method
-            drawn["retain"] = kind
-        found.append({k: v for k, v in drawn.items() if k not in entry.settings} | entry.settings)
+        found.append(drawn(entry, defaults, fields, study.shop.loaded.model, rng) | dict(entry.settings))
     return found
+
+
+def drawn(entry: Entry, defaults: Any, fields: set[str], model: nn.Module, rng: np.random.Generator) -> dict[str, Any]:
+    """One random trial; what the method refuses is drawn again, a few times."""
+    spread = 2 ** rng.uniform(-1, 1) if entry.method.name == "cluster" else 10 ** rng.uniform(-1, 1)
+    passes, kind = float(rng.choice([0.5, 1.0, 2.0])), str(rng.choice(["nll", "kl"]))
+    one: dict[str, Any] = {}
+    if "learning_rate" in fields:
+        rate = defaults.learning_rate
+        one["learning_rate"] = float((rate if rate is not None else sized_rate(model, 1e-5)) * spread)
+        if "epochs" in fields:
+            one["epochs"] = float(defaults.epochs * passes)
+        if getattr(defaults, "retain", None) in ("nll", "kl"):
+            one["retain"] = kind
+        return one
+    for _ in range(10):
+        numbers = {n: v for n in sorted(fields) if isinstance(v := getattr(defaults, n), float) and v > 0}
+        one = {n: float(v * 4 ** rng.uniform(-1, 1)) for n, v in numbers.items()}
+        try:
+            entry.configured(one)
+            return one
+        except UserError:
+            continue
+    return {}
 
 
 def validation(dataset: Dataset) -> Dataset:

@@ -59,6 +59,16 @@ def command(
     size_impact: Annotated[
         str | None, typer.Option("--size-impact", help="Numbers of forget samples: 10,50,100.")
     ] = None,
+    matched: Annotated[
+        int,
+        typer.Option(
+            "--matched",
+            metavar="PERCENT",
+            min=0,
+            max=100,
+            help="At equal utility too: each edit as far as retain keeps so much of the original's probability.",
+        ),
+    ] = 0,
     blind: Annotated[bool, typer.Option("--blind", help="Do not give the base to the methods.")] = False,
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep the unlearned models.")] = False,
     validate_metrics: Annotated[
@@ -116,6 +126,7 @@ def command(
         tune=tune,
         sequential=sequential,
         size_impact=numbers(size_impact),
+        matched=matched,
         blind=blind,
         keep_models=keep_models,
         validate_metrics=validate_metrics,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from expunge.report.audit_view import AuditReport, gap_text, p_value, seconds
 from expunge.report.checks import warnings
-from expunge.report.schema import Measure
+from expunge.report.leaderboard import AXES, leaderboard
+from expunge.report.schema import Measure, Results
 from expunge.report.tables import GROUP_TITLES, Table, board, definitions, ran, study_table, verdict_table
 from expunge.report.view import View
 from expunge.report.wording import evidence, headline, number, paragraph
@@ -94,12 +95,14 @@ def to_markdown(view: View, report: AuditReport | None = None) -> str:
             out += [f"### {title}", "", *part] if part else []
         declared = [[escape(line.name), escape("; ".join(line.flags))] for line in table.lines if line.flags]
         out += ["### Declared properties", "", *grid(["method", "declared"], declared)] if declared else []
+    if ranks := rank_lines(view.results):
+        out += ["## Ranks", "", _RANKS, "", *ranks, ""]
     names, lines = verdict_table(view)
     if lines:
         rows = [[escape(line.method), *map(str, line.counts), str(line.total), cell(line.adequate)] for line in lines]
         out += ["## Verdicts on the forget samples", ""]
         out += grid(["method", *map(escape, names), "all", "share adequate"], rows)
-    for study in ("sequential", "size"):
+    for study in ("matched", "sequential", "size"):
         other = study_table(view, study)
         out += [f"## {other.title}", "", *_table(other)] if other else []
     formulas = definitions(view)
@@ -112,6 +115,35 @@ def to_markdown(view: View, report: AuditReport | None = None) -> str:
         ]
         out.append("")
     return "\n".join(out)
+
+
+def rank_lines(results: Results) -> list[str]:
+    """The leaderboard with ranks; nothing when there is nothing to compare with."""
+    standings = leaderboard(results)
+    if not standings:
+        return []
+    rows = []
+    for s in standings:
+        name = f"**{escape(s.method)}**" if s.best and s.kind == "method" else escape(s.method)
+        tag = "" if s.kind == "method" else " (control)"
+        weights = "yes" if s.properties.get("removes_from_weights", True) else "no"
+        cells = [short(s.rank, 1), *(short(s.axes[a], 2) for a in AXES), short(s.cost, 2)]
+        rows.append([name + tag, *cells, weights])
+    seeds = sorted({s.seeds for s in standings})
+    said = f"{seeds[0]} seeds" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]} seeds"
+    note = f"Mean \\[95 % interval over the seeds\\]; {said}, {results.references} references."
+    header = ["method", "rank", *AXES, "cost", "in the weights"]
+    return [*grid(header, rows), f"{note} Bold: the interval of the rank reaches that of the first."]
+
+
+def short(measure: Measure, digits: int) -> str:
+    """``0.12 [0.10, 0.14]``; a dash when missing."""
+    if measure.value is None:
+        return "–"
+    text = f"{measure.value:.{digits}f}"
+    if measure.low is None or measure.high is None:
+        return text
+    return f"{text} [{measure.low:.{digits}f}, {measure.high:.{digits}f}]"
 
 
 def audit_lines(report: AuditReport) -> list[str]:
@@ -194,6 +226,11 @@ def audit_lines(report: AuditReport) -> list[str]:
     return out
 
 
+_RANKS = (
+    "Distance to the retrained model on five axes, without regard to its direction: 0 is the retrained model, 1 the "
+    "original of the same seed (utility: the largest relative difference in probability, retain and utility). The rank "
+    "is taken within each seed and axis, then averaged; cost does not enter."
+)
 _HOW = (
     "Value \\[95 % interval\\] (n samples, seeds). Forgetting and privacy are two-sided: the retrained model is the "
     "target, not the smallest number. Gap closed = (original − method) ÷ (original − floor), in distances to the "

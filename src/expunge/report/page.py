@@ -22,6 +22,7 @@ from expunge.report.audit_view import AuditReport
 from expunge.report.certificates import Shown
 from expunge.report.charts import Chart
 from expunge.report.checks import warnings
+from expunge.report.leaderboard import rank_table
 from expunge.report.samples import pack
 from expunge.report.schema import ANCHORS
 from expunge.report.tables import Cell, Table, board, definitions, ran, study_table, verdict_table
@@ -118,7 +119,7 @@ def to_html(
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     measured = "results.json" in records
     packed = pack(view.samples.rows, [entry.method for entry in (*view.ranked, *view.main)])
-    tables = {study: study_table(view, study) for study in ("sequential", "size")}
+    tables = {study: study_table(view, study) for study in ("matched", "sequential", "size")}
     lines = {line.name: line for line in board(view).lines}
     names, verdict_lines = verdict_table(view)
     audited: dict[str, Any] = {"audit": None}
@@ -140,6 +141,7 @@ def to_html(
         "ran": ran(view),
         "board": _first_of_group(board(view)),
         "full": _first_of_group(board(view, full=True)),
+        "ranks": rank_table(view.results),
         "anchors": ANCHORS,
         "has_reference": view.reference is not None,
         "verdict_names": names,

@@ -17,7 +17,7 @@ from expunge.errors import UserError
 
 SCHEMA = "expunge.results/1"
 Kind = Literal["original", "reference", "base", "identity", "random-edit", "method"]
-Study = Literal["main", "sequential", "size"]
+Study = Literal["main", "matched", "sequential", "size"]
 CONTROLS: frozenset[str] = frozenset({"identity", "random-edit"})
 ANCHORS: tuple[str, ...] = ("reference", "original", "base")
 

@@ -25,6 +25,11 @@ GROUP_TITLES = {
     "cost": "Cost",
 }
 LEADING = {"forgetting": 3, "retention": 2, "privacy": 1, "robustness": 1, "other": 1, "cost": 2}
+STUDY_WORDS = {  # what a position is, and the title
+    "matched": ("at % of the original on retain", "At matched utility"),
+    "sequential": ("after request", "Sequence of requests"),
+    "size": ("size", "Size of the forget set"),
+}
 COSTS = ("share_of_retraining", "wall_s", "peak_mib", "cpu_s", "flops", "parameters_changed")
 
 
@@ -146,7 +151,7 @@ def board(view: View, full: bool = False) -> Table:
 
 
 def study_table(view: View, study: str) -> Table | None:
-    """One line per method and position of the sequential or the size study, every metric."""
+    """One line per method and position of the matched, the sequential or the size study, every metric."""
     entries = [e for e in view.summary if e.study == study]
     if not entries:
         return None
@@ -155,7 +160,7 @@ def study_table(view: View, study: str) -> Table | None:
     numbered = sorted(
         (name for name in names if REQUEST.match(name)), key=lambda n: (n.rpartition("_")[0], int(n.rpartition("_")[2]))
     )
-    word = "after request" if study == "sequential" else "size"
+    word, title = STUDY_WORDS[study]
     order = {entry.method: i for i, entry in reversed(list(enumerate(view.main)))}
     lines = []
     for entry in sorted(entries, key=lambda e: (order.get(e.method, len(order)), e.method, e.position or 0)):
@@ -168,7 +173,6 @@ def study_table(view: View, study: str) -> Table | None:
     columns = [Column(n, _request_label(n), understand(n).group) for n in plain + numbered]
     for i, column in enumerate(columns):
         column.evidence = _shared_evidence([line.cells[i] for line in lines])
-    title = "Sequence of requests" if study == "sequential" else "Size of the forget set"
     return Table(title, columns, lines)
 
 
