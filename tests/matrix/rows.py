@@ -25,6 +25,7 @@ class Row:
 STEADY = {"epochs": 6, "batch_size": 3, "learning_rate": 4e-3}
 ASCENT = {"vit": {"learning_rate": 1e-3}, "llava": {"learning_rate": 2e-3}}
 STEERED = {"epochs": 20, "batch_size": 3, "learning_rate": 1e-2}
+BOTTLENECKS = {"epochs": 50, "batch_size": 6, "retain_batch": 18, "gamma": 1.0, "rank": 32}
 TABLE: dict[str, Row] = {
     "ga": Row(STEADY, forgets=True),
     "graddiff": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
@@ -36,14 +37,17 @@ TABLE: dict[str, Row] = {
     "idk": Row(STEADY, forgets=True, keeps=True),
     "idk-nll": Row({**STEADY, "epochs": 10}, forgets=True),
     "wga": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
-    "satimp": Row({**STEADY, "gamma": 1.0}, forgets=True, keeps=True, of=ASCENT),
+    "satimp": Row(STEADY | {"gamma": 3.0}, forgets=True, keeps=True, of={"vit": {"gamma": 30, "learning_rate": 2e-3}}),
     "ceu": Row(STEADY, forgets=True, of=ASCENT),
     "entropy": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
     "random-labels": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
     "finetune": Row({"epochs": 2, "batch_size": 6, "learning_rate": 1e-3}, keeps=True),
     "retrain": Row({"epochs": 25, "batch_size": 6, "learning_rate": 1e-2}, forgets=True, keeps=True),
+    "salun": Row(STEADY, forgets=True, keeps=True),
+    "sure": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
+    "memflex": Row(STEADY, forgets=True, keeps=True, of={"vit": {"learning_rate": 2e-3}}),
     "rmu": Row(
-        {**STEERED, "alpha": 3, "layer": 1},
+        {**STEERED, "alpha": 3, "coefficient": 6.5, "layer": 1},
         forgets=True,
         keeps=True,
         of={"resnet": {"layer": 2, "alpha": 1}, "vit": {"layer": 2, "alpha": 1, "coefficient": 30}},
@@ -54,6 +58,12 @@ TABLE: dict[str, Row] = {
         keeps=True,
         of={"resnet": {"layer": 2, "alpha": 5}, "vit": {"layer": 2, "alpha": 1, "beta": 3}},
     ),
+    "bad-teacher": Row(
+        {"epochs": 10, "batch_size": 4, "retain_share": 1.0, "learning_rate": 3e-3},
+        forgets=True,
+        keeps=True,
+        of={"vit": {"learning_rate": 1e-3}},
+    ),
     "scrub": Row(
         {"epochs": 6, "batch_size": 3, "learning_rate": 4e-3},
         forgets=True,
@@ -61,9 +71,11 @@ TABLE: dict[str, Row] = {
         of={"vit": {"learning_rate": 1e-3}, "resnet": {"learning_rate": 2e-3}},
     ),
     "relearn": Row({"epochs": 3, "batch_size": 6, "learning_rate": 4e-3}, forgets=True, keeps=True),
-    "ssd": Row(
-        {}, forgets=True, of={"resnet": {"alpha": 1.2}, "vit": {"alpha": 1.2, "lambda_": 0.1}}, seedless=True
-    ),
+    "ssd": Row({}, forgets=True, of={"resnet": {"alpha": 1.2}, "vit": {"alpha": 1.2, "lambda_": 0.1}}, seedless=True),
+    "whp": Row({"epochs": 8, "batch_size": 3, "learning_rate": 4e-3}, forgets=True),
+    "fisher-removal": Row({"budget": 0.3}, forgets=True, keeps=True, quick={"steps": 1, "labels": "model"}),
+    "fisher-forgetting": Row({"budget": 1.0}, forgets=True, quick={"samples": 6}),
+    "fisher-noise": Row({"budget": 1.0}, forgets=True, quick={"samples": 6}),
     "cluster": Row(
         {"steps": 30},
         forgets=True,
@@ -73,5 +85,10 @@ TABLE: dict[str, Row] = {
             "vit": {"other_learning_rate": 5e-3, "groups": "all"},
         },
     ),
-    "eul": Row({**STEADY, "learning_rate": 1e-2}, forgets=True, keeps=True),
+    "eul": Row(
+        {"epochs": 10, "batch_size": 3, "learning_rate": 2e-2},
+        forgets=True,
+        keeps=True,
+        of={"resnet": {**BOTTLENECKS, "epochs": 40}, "vit": BOTTLENECKS},
+    ),
 }

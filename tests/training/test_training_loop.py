@@ -65,7 +65,7 @@ def reference(model: nn.Module, original: nn.Module, picks: dict[str, list[int]]
 
 def trainer_of(model: nn.Module, original: nn.Module, micro_tokens: int) -> Trainer:
     adapter = tiny_adapter()
-    teacher = Teacher.of(original, adapter, [*RETAIN, *FORGET, *REFUSED])
+    teacher = Teacher.of(original, adapter, RETAIN, sums=[*FORGET, *REFUSED])
 
     def change(view: View) -> Tensor:
         own_B = view.log_prob_B()

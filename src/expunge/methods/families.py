@@ -1,119 +1,76 @@
 """The loss families: one table of forget terms × retain terms × what the answer is replaced by.
 
 Notation: θ the model, o the original (frozen), f forget, r retain, y the target of |y| tokens, σ the logistic
-function. Every objective is gamma · forget term + alpha · retain term.
+function. Every objective is gamma · forget term + alpha · retain term. The terms stand in ``forget_terms.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-from torch import Tensor
-from torch.nn.functional import logsigmoid, one_hot
+from torch import Tensor, nn
 
 from expunge.data.refusals import REFUSALS
 from expunge.data.samples import Sample
+from expunge.errors import UserError
+from expunge.methods import forget_terms as terms
+from expunge.methods.family_options import (
+    CEUOptions,
+    FamilyOptions,
+    PreferenceOptions,
+    SatImpOptions,
+    SimNPOOptions,
+    UndialOptions,
+    WGAOptions,
+)
+from expunge.methods.focus import focus_weights
+from expunge.methods.forget_terms import Aids, ForgetTerm
+from expunge.methods.guards import Watch, answer_nll_B, counted
 from expunge.methods.registry import Context, Method, Outcome, register
+from expunge.models.adapter import Adapter
 from expunge.options import option
 from expunge.training.batching import EpochPlan
-from expunge.training.loop import Feed, Trainer, TrainOptions, train
+from expunge.training.loop import Feed, Trainer, train
 from expunge.training.optimizers import sized_rate
 from expunge.training.terms import Teacher, Term, View, kl_C, nll_N
 
 Replace = Literal["no", "answer", "partner"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class FamilyOptions(TrainOptions):
-    """Options of every row; what a row does not use has no effect."""
-
-    epochs: float = option(10.0, "passes over the forget set", "TOFU, OpenUnlearning: 10")
-    learning_rate: float | None = option(None, "peak learning rate; the paper's, raised for small models, if none")
-    batch_size: int = option(8, "forget samples in one step")
-    retain_batch: int = option(8, "retain samples in one step", "one per forget sample, as OpenUnlearning")
-    retain: str = option("nll", "retain term", "", ("nll", "kl", "none"))
-    gamma: float = option(1.0, "weight of the forget term")
-    alpha: float = option(1.0, "weight of the retain term")
-    beta: float = option(0.1, "inverse temperature (npo, dpo, simnpo); logit shift (undial)")
-    delta: float = option(0.0, "margin of simnpo, on the scale of β·nats per token (the paper's γ)")
-    stop_loss: float | None = option(
-        None, "stop when the forget loss passes this (nats per token): a guard for the ascent rows"
-    )
-
-
-# -- forget terms: (N,) per token or (B,) per sample -----------------------------------------------------------------
-
-
-def ascent_N(view: View, options: FamilyOptions, teacher: Teacher | None) -> Tensor:
-    """log p_θ(y): descending on it is ascending on the loss."""
-    return view.log_prob_N()
-
-
-def nll_of_replacement_N(view: View, options: FamilyOptions, teacher: Teacher | None) -> Tensor:
-    """−log p_θ of the refusal that stands in the answer's place."""
-    return nll_N(view)
-
-
-def dpo_B(view: View, options: FamilyOptions, teacher: Teacher | None) -> Tensor:
-    """−log σ(β[log p_θ/p_o(refusal) − log p_θ/p_o(answer)]); ln 2 at θ = o."""
-    assert teacher is not None and view.partner is not None
-    won_B = view.partner.log_prob_B()
-    lost_B = view.log_prob_B()
-    margin_B = (won_B - teacher.log_prob_B(view.partner.samples, won_B)) - (
-        lost_B - teacher.log_prob_B(view.samples, lost_B)
-    )
-    return -logsigmoid(options.beta * margin_B)
-
-
-def npo_B(view: View, options: FamilyOptions, teacher: Teacher | None) -> Tensor:
-    """−(2/β) log σ(−β log p_θ/p_o(y)); 2 ln 2/β at θ = o."""
-    assert teacher is not None
-    own_B = view.log_prob_B()
-    return -2.0 / options.beta * logsigmoid(-options.beta * (own_B - teacher.log_prob_B(view.samples, own_B)))
-
-
-def simnpo_B(view: View, options: FamilyOptions, teacher: Teacher | None) -> Tensor:
-    """−(2/β) log σ(−(β/|y|) log p_θ(y) − δ)."""
-    mean_B = view.log_prob_B() / view.positions.count_per_sample().clamp_min(1)
-    return -2.0 / options.beta * logsigmoid(-options.beta * mean_B - options.delta)
-
-
-def undial_N(view: View, options: FamilyOptions, teacher: Teacher | None) -> Tensor:
-    """CE(q, p_θ), q = softmax(z_o − β·onehot(y)): the original with the true token's logit lowered."""
-    assert teacher is not None
-
-    def value(logits_CV: Tensor, teacher_CV: Tensor, targets_C: Tensor) -> Tensor:
-        lowered_CV = teacher_CV - options.beta * one_hot(targets_C, teacher_CV.shape[1])
-        return -(lowered_CV.softmax(1) * logits_CV.log_softmax(1)).sum(1)
-
-    return teacher.compare(view, value)
+Prepare = Callable[[nn.Module, Adapter, Sequence[Sample], Any, int], Mapping[str, Tensor]]
+Compute = Callable[[Trainer, Mapping[str, Sequence[int]]], dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One family: its forget term and the paper's defaults."""
+    """One family: its forget term, its options and the paper's defaults.
+
+    ``prepare`` makes numbers per target token before the training; ``rate`` is the paper's learning rate, for models
+    of a billion parameters and more.
+    """
 
     name: str
-    term: Callable[[View, FamilyOptions, Teacher | None], Tensor]
+    term: ForgetTerm
     unit: Literal["token", "sample"]
     summary: str
     formula: str
     paper: str
     defaults: dict[str, Any]
+    options: type[FamilyOptions] = FamilyOptions
     replaces: Replace = "no"
-    teacher: bool = False
-    rate: float = 1e-5  # the paper's learning rate, for models of a billion parameters and more
+    teacher: Literal["no", "sums", "states"] = "no"
+    prepare: Prepare | None = None
+    rate: float = 1e-5
 
 
+TOFU = "TOFU, Maini et al. 2024, arXiv:2401.06121"
 FAMILIES: tuple[Row, ...] = (
     Row(
         "ga",
-        ascent_N,
+        terms.ascent_N,
         "token",
         "gradient ascent on the forget loss, nothing else",
         "−NLL(f)",
@@ -122,7 +79,7 @@ FAMILIES: tuple[Row, ...] = (
     ),
     Row(
         "graddiff",
-        ascent_N,
+        terms.ascent_N,
         "token",
         "gradient ascent on forget, descent on retain",
         "−NLL(f) + NLL(r)",
@@ -131,63 +88,127 @@ FAMILIES: tuple[Row, ...] = (
     ),
     Row(
         "kl",
-        ascent_N,
+        terms.ascent_N,
         "token",
         "gradient ascent on forget, close to the original on retain",
         "−NLL(f) + KL(p_o ‖ p_θ)(r)",
-        "TOFU, Maini et al. 2024, arXiv:2401.06121",
+        TOFU,
         {"retain": "kl"},
     ),
     Row(
         "idk",
-        nll_of_replacement_N,
+        terms.nll_of_replacement_N,
         "token",
         "learn a refusal in place of each answer",
         "NLL(refusal | f) + NLL(r)",
-        "TOFU, Maini et al. 2024, arXiv:2401.06121",
+        TOFU,
         {"retain": "nll"},
         replaces="answer",
     ),
     Row(
+        "idk-nll",
+        terms.nll_of_replacement_N,
+        "token",
+        "learn a refusal in place of each answer, nothing else",
+        "NLL(refusal | f)",
+        "OpenUnlearning, Dorna et al. 2025, arXiv:2506.12618 (IdkNLL)",
+        {"retain": "none"},
+        replaces="answer",
+    ),
+    Row(
         "dpo",
-        dpo_B,
+        terms.dpo_B,
         "sample",
         "prefer a refusal to the answer",
         "−log σ(β[log p_θ/p_o(refusal) − log p_θ/p_o(y)]) + retain",
         "Rafailov et al. 2023, arXiv:2305.18290; as unlearning: arXiv:2404.05868",
-        {"retain": "nll", "beta": 0.1},
+        {"retain": "nll"},
+        PreferenceOptions,
         replaces="partner",
-        teacher=True,
+        teacher="sums",
     ),
     Row(
         "npo",
-        npo_B,
+        terms.npo_B,
         "sample",
         "negative preference: DPO with only the losing answer",
         "−(2/β) log σ(−β log p_θ/p_o(y)) + retain",
         "Zhang et al. 2024, arXiv:2404.05868",
-        {"retain": "nll", "beta": 0.1},
-        teacher=True,
+        {"retain": "nll"},
+        PreferenceOptions,
+        teacher="sums",
     ),
     Row(
         "simnpo",
-        simnpo_B,
+        terms.simnpo_B,
         "sample",
         "reference-free, length-normalised NPO",
         "−(2/β) log σ(−(β/|y|) log p_θ(y) − δ) + retain",
         "Fan et al. 2024, arXiv:2410.07163",
-        {"retain": "nll", "beta": 4.5, "gamma": 0.125},
+        {"retain": "nll", "gamma": 0.125},
+        SimNPOOptions,
     ),
     Row(
         "undial",
-        undial_N,
+        terms.undial_N,
         "token",
         "self-distillation from the original with the true token's logit lowered",
         "CE(softmax(z_o − β·1[y]), p_θ) + retain",
         "Dong et al. 2024, arXiv:2402.10052",
-        {"retain": "none", "beta": 10.0},
+        {"retain": "none"},
+        UndialOptions,
+        teacher="states",
+        prepare=focus_weights,
         rate=1e-4,
-        teacher=True,
+    ),
+    Row(
+        "wga",
+        terms.wga_N,
+        "token",
+        "gradient ascent that fades where the token is forgotten",
+        "p_θ(y)^β · log p_θ(y) + retain, the weight held constant",
+        "Wang et al. 2025, arXiv:2502.19301",
+        {"retain": "nll", "epochs": 5.0},
+        WGAOptions,
+    ),
+    Row(
+        "satimp",
+        terms.satimp_N,
+        "token",
+        "gradient ascent weighted by saturation and importance of each token",
+        "p_θ(y)^β₁ (1−p_θ(y))^β₂ · log p_θ(y) + retain, the weight held constant",
+        "Yang et al. 2025, arXiv:2505.11953",
+        {"retain": "nll", "gamma": 0.1, "epochs": 5.0},
+        SatImpOptions,
+    ),
+    Row(
+        "ceu",
+        terms.ceu_N,
+        "token",
+        "distil into itself its own distribution without the true token",
+        "CE(softmax(z_θ with z_y = −∞), p_θ) + retain, the target held constant",
+        "Yang 2025, arXiv:2503.01224",
+        {"retain": "none"},
+        CEUOptions,
+    ),
+    Row(
+        "entropy",
+        terms.entropy_N,
+        "token",
+        "maximise the entropy of every forget token, so that no way of sampling finds the answer",
+        "KL(p_θ ‖ uniform)(f) + retain, in [0, log V]",
+        "Yuan et al. 2024, arXiv:2410.08109",
+        {"retain": "nll"},
+    ),
+    Row(
+        "random-labels",
+        terms.random_label_N,
+        "token",
+        "learn a wrong token (or class) in place of each true one",
+        "−log p_θ(y′) + retain, y′ ≠ y drawn once per token",
+        "Graves et al. 2021, arXiv:2010.10981; on text: Yao et al. 2024, arXiv:2402.15159",
+        {"retain": "nll"},
+        prepare=terms.wrong_labels,
     ),
 )
 
@@ -210,77 +231,98 @@ def retain_term(kind: str, alpha: float, teacher: Teacher | None) -> list[Term]:
     return [Term("retain", "retain", "token", lambda view: teacher.compare(view, kl_C), alpha)]
 
 
-def run_family(row: Row, context: Context, options: FamilyOptions) -> Outcome:
-    """Edit ``context.model`` by the row's objective."""
+def run_family(
+    row: Row,
+    context: Context,
+    options: Any,
+    *,
+    pairs: tuple[Sequence[Sample], Sequence[Sample]] | None = None,
+    compute: Compute | None = None,
+) -> Outcome:
+    """Edit ``context.model`` by the row's objective.
+
+    ``pairs``: forget samples and another answer to each, where the row does not make them; ``compute``: see
+    :func:`expunge.training.loop.train`.
+    """
     if options.learning_rate is None:
         options = replace(options, learning_rate=sized_rate(context.model, row.rate))
-    rng = np.random.default_rng(context.seed)
-    forget: Sequence[Sample] = context.forget
-    partners: Sequence[Sample] | None = None
-    if row.replaces != "no":
-        replaced = [replacement(s, context.adapter, rng) for s in context.forget]
-        if row.replaces == "answer":
-            forget = replaced
-        else:
-            partners = replaced
+    if row.replaces == "answer" and (options.bound is not None or options.stop_loss is not None):
+        raise UserError(f"{row.name} trains on refusals and never meets the answers: use stop=unseen as its guard.")
+    forget, partners = pairs or _answers(row, context)
     uses_retain = options.retain != "none" and bool(context.retain)
-    teacher = None
-    if row.teacher or (uses_retain and options.retain == "kl"):
-        seen = [*forget, *(partners or ())] if row.teacher else []
-        seen += context.retain if uses_retain and options.retain == "kl" else []
-        teacher = Teacher.of(context.model, context.adapter, seen)
+    aids = _aids(row, context, options, [*forget, *(partners or ())], uses_retain and options.retain == "kl")
 
-    terms = [Term("forget", "forget", row.unit, lambda view: row.term(view, options, teacher), options.gamma)]
+    def values(view: View) -> Tensor:
+        found = row.term(view, options, aids)
+        if options.bound is not None:
+            found = counted(found, view, row.unit, options.bound)
+        if options.stop_loss is not None:
+            answer_nll_B(view)
+        return found
+
+    objective = [Term("forget", "forget", row.unit, values, options.gamma)]
     feeds = {"forget": Feed(forget, partners)}
     sizes = {"forget": options.batch_size}
     notes = []
     if uses_retain:
-        terms += retain_term(options.retain, options.alpha, teacher)
+        objective += retain_term(options.retain, options.alpha, aids.teacher)
         feeds["retain"] = Feed(context.retain)
         sizes["retain"] = options.retain_batch
     elif options.retain != "none":
         notes.append("no retain samples were given: nothing holds the rest of the model in place")
-    lengths = {
-        role: [feed.length(context.adapter, i) for i in range(len(feed.samples))] for role, feed in feeds.items()
-    }
+    lengths = {role: feed.lengths(context.adapter) for role, feed in feeds.items()}
     plan = EpochPlan(lengths, sizes, options.epochs, "forget", context.seed)
-
-    def guard(trainer: Trainer) -> None:
-        if (
-            options.stop_loss is not None
-            and row.term is ascent_N
-            and -trainer.log.last("forget", 3) > options.stop_loss
-        ):
-            trainer.stop = f"forget loss above {options.stop_loss}"
-
+    watch = Watch.of(context, options, math.ceil(len(forget) / options.batch_size))
     log = train(
         context.model,
         context.adapter,
         feeds,
-        terms,
+        objective,
         plan,
         options,
         seed=context.seed,
         work=context.work,
         progress=context.progress,
         name=row.name,
-        on_step=guard,
+        compute=compute,
+        on_step=watch,
     )
-    if len(log.steps) < plan.steps:
-        notes.append(f"stopped after {len(log.steps)} of {plan.steps} steps: forget loss above {options.stop_loss}")
-    return Outcome(context.model, notes, {"steps": len(log.steps), "log": log.steps})
+    record: dict[str, Any] = {"steps": len(log.steps), "log": log.steps}
+    if watch.reason:
+        record["stopped"] = watch.reason
+        notes.append(f"stopped after {len(log.steps)} of {plan.steps} steps: {watch.reason}")
+    return Outcome(context.model, notes, record)
 
 
-def _options_class(row: Row) -> type[FamilyOptions]:
-    """``FamilyOptions`` with the row's defaults, so that ``show`` prints the defaults that really hold."""
+def _answers(row: Row, context: Context) -> tuple[Sequence[Sample], Sequence[Sample] | None]:
+    """The forget samples, with the answers replaced or with a partner for each, as the row asks."""
+    if row.replaces == "no":
+        return context.forget, None
+    rng = np.random.default_rng(context.seed)
+    others = [replacement(s, context.adapter, rng) for s in context.forget]
+    return (others, None) if row.replaces == "answer" else (context.forget, others)
+
+
+def _aids(row: Row, context: Context, options: Any, forget: Sequence[Sample], retain: bool) -> Aids:
+    """Everything that the original has to say, in one pass: it is gone once the training has begun."""
+    states = [*(forget if row.teacher == "states" else ()), *(context.retain if retain else ())]
+    sums = forget if row.teacher == "sums" else ()
+    teacher = Teacher.of(context.model, context.adapter, states, sums=sums) if states or sums else None
+    made = {} if row.prepare is None else row.prepare(context.model, context.adapter, forget, options, context.seed)
+    return Aids(teacher, made)
+
+
+def options_of(row: Row) -> type[FamilyOptions]:
+    """The row's options with its defaults, so that ``show`` prints the defaults that really hold."""
     body: dict[str, Any] = {"__annotations__": {}}
-    for f in fields(FamilyOptions):
+    for f in fields(row.options):
         if f.name in row.defaults:
             source = row.paper.split(";")[0]
             body["__annotations__"][f.name] = f.type
             body[f.name] = option(row.defaults[f.name], f.metadata["meaning"], source, f.metadata["choices"])
+    name = f"{row.name.title().replace('-', '')}Options"
     made: type[FamilyOptions] = dataclass(frozen=True, kw_only=True)(
-        type(f"{row.name.title()}Options", (FamilyOptions,), body | {"__module__": __name__})
+        type(name, (row.options,), body | {"__module__": __name__})
     )
     return made
 
@@ -290,7 +332,7 @@ for _row in FAMILIES:
         Method(
             name=_row.name,
             run=partial(run_family, _row),
-            options=_options_class(_row),
+            options=options_of(_row),
             paper=_row.paper,
             summary=_row.summary,
             formula=_row.formula,

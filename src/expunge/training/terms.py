@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from expunge.data.samples import Sample
-from expunge.models.adapter import Adapter, Head, Positions
+from expunge.models.adapter import Adapter, Positions, evaluating
 from expunge.models.snapshot import TokenDistributions, snapshot
 
 
@@ -61,28 +61,42 @@ class Term:
 
 @dataclass
 class Teacher:
-    """A frozen model's distributions on given samples, taken once: no second model in memory, no N×V logits."""
+    """A frozen model's answers on given samples, taken once: no second model in memory, no N×V logits.
 
-    head: Head  # on the model's device
-    store: TokenDistributions
+    ``store`` has the states that whole distributions are made from again; ``log_prob_sum`` one number per sample, for
+    objectives that ask for no more.
+    """
+
+    store: TokenDistributions | None
     log_prob_sum: dict[str, float]
 
     @classmethod
-    def of(cls, model: nn.Module, adapter: Adapter, samples: Sequence[Sample], max_tokens: int = 8192) -> Teacher:
-        """One pass of ``model`` over ``samples``."""
-        store = snapshot(model, adapter, samples, max_tokens=max_tokens)
-        device = next(model.parameters()).device
-        store.head.module.to(device)
-        sums: dict[str, float] = {}
-        with torch.no_grad():
-            for name, hidden_LD in store.hidden.items():
-                targets_L = store.targets[name].to(device)
-                own = Positions(hidden_LD.to(device), targets_L, torch.zeros_like(targets_L), 1, store.head)
-                sums[name] = float(own.log_prob_N().sum())
-        return cls(store.head, store, sums)
+    def of(
+        cls,
+        model: nn.Module,
+        adapter: Adapter,
+        samples: Sequence[Sample],
+        max_tokens: int = 8192,
+        *,
+        sums: Sequence[Sample] = (),
+    ) -> Teacher:
+        """One pass of ``model``: states of ``samples``, and summed target log-probabilities of ``sums``."""
+        store = None
+        if samples:
+            store = snapshot(model, adapter, samples, max_tokens=max_tokens)
+            store.head.module.to(next(model.parameters()).device)
+        found: dict[str, float] = {}
+        once = list({s.id: s for s in sums}.values())
+        with evaluating(model):
+            for group in adapter.batches(once, max_tokens):
+                positions = adapter.positions(model, [once[i] for i in group])
+                totals = positions.sum_per_sample(positions.log_prob_N()).tolist()
+                found |= {once[i].id: total for i, total in zip(group, totals, strict=True)}
+        return cls(store, found)
 
     def hidden_ND(self, samples: Sequence[Sample]) -> Tensor:
         """States at the target positions of these samples, one after another."""
+        assert self.store is not None
         return torch.cat([self.store.hidden[s.id] for s in samples])
 
     def log_prob_B(self, samples: Sequence[Sample], like: Tensor) -> Tensor:
@@ -91,10 +105,12 @@ class Teacher:
 
     def compare(self, view: View, value: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
         """``value(logits_CV, teacher_logits_CV, targets_C) -> (C,)`` over all positions of the view."""
+        assert self.store is not None
+        head = self.store.head
 
         def both(logits_CV: Tensor, targets_C: Tensor, hidden_CD: Tensor) -> Tensor:
             with torch.no_grad():
-                teacher_CV = self.head(hidden_CD)
+                teacher_CV = head(hidden_CD)
             return value(logits_CV, teacher_CV, targets_C)
 
         return view.positions.per_token(both, self.hidden_ND(view.samples).to(view.positions.hidden_ND.device))
