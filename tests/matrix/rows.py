@@ -73,7 +73,7 @@ TABLE: dict[str, Row] = {
     "relearn": Row({"epochs": 3, "batch_size": 6, "learning_rate": 4e-3}, forgets=True, keeps=True),
     "ssd": Row({}, forgets=True, of={"resnet": {"alpha": 1.2}, "vit": {"alpha": 1.2, "lambda_": 0.1}}, seedless=True),
     "whp": Row({"epochs": 8, "batch_size": 3, "learning_rate": 4e-3}, forgets=True),
-    "fisher-removal": Row({"budget": 0.3}, forgets=True, keeps=True, quick={"steps": 1, "labels": "model"}),
+    "fisher-removal": Row({"budget": 0.3}, forgets=True, keeps=True, quick={"steps": 1, "samples": 6}),
     "fisher-forgetting": Row({"budget": 1.0}, forgets=True, quick={"samples": 6}),
     "fisher-noise": Row({"budget": 1.0}, forgets=True, quick={"samples": 6}),
     "cluster": Row(

@@ -155,11 +155,11 @@ def test_the_farthest_step_is_found_from_anywhere(first: float) -> None:
         away = float(weight_of(net)[0, 0] - WEIGHT[0, 0])
         return math.inf if away > 1e5 else away**2
 
-    step = farthest(Line(net, {"linear.weight": direction}), loss, 4.0, first)
+    step = farthest(Line(net, {"linear.weight": direction}).at, loss, 4.0, first)
     assert 2 * 15 / 16 <= step <= 2.0 + 1e-5
     assert weight_of(net)[0, 0] - WEIGHT[0, 0] == pytest.approx(step, abs=1e-4)
     net = model()
-    assert farthest(Line(net, {"linear.weight": direction}), lambda: 5.0, 4.0, first) == 0.0
+    assert farthest(Line(net, {"linear.weight": direction}).at, lambda: 5.0, 4.0, first) == 0.0
     assert np.allclose(weight_of(net), WEIGHT)
 
 

@@ -268,15 +268,15 @@ class Line:
                 weight.copy_(start + (step * direction).to(start.dtype))
 
 
-def farthest(line: Line, loss: Callable[[], float], limit: float, first: float) -> float:
-    """The largest step c, to one part in 16, at which ``loss()`` is at most ``limit``; the weights are put there.
+def farthest(at: Callable[[float], None], loss: Callable[[], float], limit: float, first: float) -> float:
+    """The largest c, to one part in 16, at which ``loss()`` is at most ``limit``; the weights are put there by ``at``.
 
-    Doubling or halving from ``first``, then bisection; at the answer and at everything tried below it the limit holds.
+    Doubling or halving from ``first``, then bisection; nothing beyond the first step that breaks the limit is tried.
     0 where no step holds it.
     """
     good, bad, step = 0.0, math.inf, first
     for _ in range(60):
-        line.at(step)
+        at(step)
         value = loss()
         if math.isfinite(value) and value <= limit:
             good = step
@@ -285,10 +285,10 @@ def farthest(line: Line, loss: Callable[[], float], limit: float, first: float) 
         if bad - good <= good / 16 or not 0 < step < 1e30:
             break
         step = (good + bad) / 2 if good and bad < math.inf else (2 * good if good else bad / 2)
-    line.at(good)
+    at(good)
     return good
 
 
-def retain_loss(model: nn.Module, adapter: Adapter, samples: Sequence[Sample]) -> Callable[[], float]:
+def mean_loss(model: nn.Module, adapter: Adapter, samples: Sequence[Sample]) -> Callable[[], float]:
     """The mean over samples of their mean loss, nats per token, as it is when called."""
     return lambda: float(np.mean(mean_losses(model, adapter, samples)))
