@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from expunge.data.samples import Dataset
+from expunge.data.samples import Dataset, Sample
 from expunge.errors import UserError
+from expunge.models.adapter import Meter
 from expunge.models.lora import LoraOptions, is_lora
+from expunge.zones.clusters import cluster_of
 from expunge.zones.linear_algebra import digest_arrays
 from expunge.zones.model import ZonedModel
-from expunge.zones.shards import ShardOptions, fresh_lora, shard_seed, switched_on
+from expunge.zones.shards import ShardOptions, Shards, fresh_lora, shard_seed, switched_on
 from expunge.zones.storage import digest_weights
+from expunge.zones.text_stats import layer_of
 from tiny_text import tiny_adapter
 from tiny_zone import SALT, base, frozen, probabilities, world, zone_over
 
@@ -148,7 +152,63 @@ def test_one_step_with_a_cache_answers_as_the_whole_text() -> None:
     torch.testing.assert_close(step_TV, whole_TV[-2:], atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("wrong", [{"r": 0}, {"alpha": 0.0}, {"epochs": -1.0, "least_steps": 0}, {"batch_size": 0}])
+def test_a_text_that_is_continued_is_computed_token_by_token() -> None:
+    sizes: list[int] = []
+    handle = base().register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    try:
+        for sample in few()["forget"][:2]:  # another text in between, of the same subject
+            sizes.clear()
+            ids = torch.tensor([tiny_adapter().cached(sample).prompt])
+            whole().generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+            assert sizes == [ids.shape[1]] * 2 + [1] * 8  # base and shard in turn: the question, then four tokens
+    finally:
+        handle.remove()
+
+
+# -- clusters ----------------------------------------------------------------------------------------------------------
+
+
+def clustered(samples: Sequence[Sample], clusters: int = 2) -> Shards:
+    zone = zone_over("shards", samples, **OPTIONS, clusters=clusters).zone
+    assert isinstance(zone, Shards)
+    return zone
+
+
+def test_subjects_of_a_cluster_share_a_shard_that_no_other_can_change() -> None:
+    zone = clustered(world().private)
+    number = {who: cluster_of(block, zone.public.arrays) for who, block in zone.blocks.items()}
+    assert set(number.values()) == {0, 1}
+    model, meter = base(), Meter()
+    together = [who for who in number if number[who] == 0]
+    alone = clustered([s for s in world().private if s.subject in together])
+    for where, other in ((zone, alone), (alone, zone)):
+        assert digest_arrays(where._cluster(0, model, meter)) == digest_arrays(other._cluster(0, model, meter))
+    assert len(together) > 1 or sum(n == 1 for n in number.values()) > 1
+    assert all(not block.solved for block in zone.blocks.values())  # files hold rows only
+
+
+def test_the_cluster_is_the_nearest_public_centre_of_the_subjects_own_records() -> None:
+    zone = clustered(few().private)
+    arrays = zone.public.arrays
+    for block in zone.blocks.values():
+        places = []
+        for row in block.rows.values():
+            states_TD = frozen().states(row.record)[0][layer_of(frozen(), 0.5)].double().numpy()
+            places.append(((states_TD - arrays["cluster.mean"]) / arrays["cluster.deviation"]).mean(0))
+        far = [float(np.linalg.norm(np.mean(places, 0) - centre)) for centre in arrays["cluster.centres"]]
+        assert cluster_of(block, arrays) == int(np.argmin(far))
+
+
+def test_more_clusters_than_public_subjects_are_refused() -> None:
+    with pytest.raises(UserError, match="13 clusters were asked for, and the public texts have 12 subjects"):
+        clustered(few().private, 13)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"clusters": -1}, {"r": 0}, {"alpha": 0.0}, {"epochs": -1.0, "least_steps": 0}, {"batch_size": 0}]
+)
 def test_impossible_options_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match="cannot be"):
         ShardOptions(**wrong)

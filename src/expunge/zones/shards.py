@@ -5,8 +5,13 @@ subject's records, so dropping a shard forgets its subject, and a record's remov
 Seed, order and batches depend on the salt and on the shard's own records alone, and training runs on one thread: on
 a CPU the replay has the same bytes. On a GPU it may not; then the digest of the zone tells so.
 
+With ``clusters`` the subjects nearest to the same public centre (:mod:`expunge.zones.clusters`) share a shard: smaller,
+and a removal trains the cluster again. Then files hold rows only, and a shard is trained when first asked for, so
+that none that has learnt from a removed or sealed block lies anywhere.
+
 Shards are switched per routed position: in a mixed batch, the sequences that a shard is open for go through the base
-once more with that shard on. Answers of several shards are never averaged.
+once more with that shard on; a text that is being continued goes on from the shard's own cache. Answers of several
+shards are never averaged.
 
 Shape suffixes: B sequences, T positions of this pass, S positions so far, R sequences of one shard, P packed length,
 M open positions, V vocabulary.
@@ -16,9 +21,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,16 +33,18 @@ from torch import Tensor, nn
 
 from expunge.data.samples import Sample
 from expunge.errors import UserError
+from expunge.models.adapter import Meter
 from expunge.models.lora import ALL_LINEAR, LoraOptions, apply_lora
 from expunge.models.text import Encoded, TextAdapter
 from expunge.options import option
 from expunge.training.loop import TrainOptions, fit
 from expunge.training.optimizers import sized_rate
+from expunge.zones.clusters import cluster_of, fit_centres, place_of
 from expunge.zones.context import Laid
 from expunge.zones.gate import routing
 from expunge.zones.linear_algebra import one_thread
 from expunge.zones.surrogates import surrogates
-from expunge.zones.zone import Array, Block, FrozenBase, Public, Record, Seen, Zone, zone
+from expunge.zones.zone import Array, Block, FrozenBase, Public, Record, Row, Seen, Zone, zone
 
 RATE_AT_BILLION, HIGHEST_RATE = 1.5e-4, 1e-2
 Shard = Mapping[str, tuple[Tensor, Tensor]]  # layer name -> (r, in) and (out, r)
@@ -55,6 +63,7 @@ class ShardOptions:
         None, "peak rate; if none, 1.5e-4 at a billion parameters to 1e-2 at a million"
     )
     batch_size: int = option(4, "records in one step", "sweep on public subjects")
+    clusters: int = option(0, "subjects near the same of this many public centres share a shard; 0: one per subject")
     false_open: float = option(0.01, "share of public texts that may open a block, in calibration")
 
     def __post_init__(self) -> None:
@@ -62,6 +71,8 @@ class ShardOptions:
         self.training(1, self.learning_rate)
         if self.r < 1 or not self.alpha > 0:
             raise UserError(f"shards with r={self.r} alpha={self.alpha} cannot be: r is 1 or more, alpha above 0.")
+        if self.clusters < 0:
+            raise UserError(f"clusters = {self.clusters} cannot be: give 0 for one shard per subject, or a number.")
 
     def training(self, records: int, rate: float | None) -> TrainOptions:
         """The loop's options for a shard with that many records."""
@@ -71,10 +82,23 @@ class ShardOptions:
 
 
 @dataclass
+class Opened:
+    """A shard on a device, and the one text that it is continuing with what it has computed of it."""
+
+    shard: Shard
+    text: bytes = b""
+    past: Any = None
+
+
+@dataclass
 class RecordAdapter(TextAdapter):
-    """Text adapter whose samples are records, already in tokens: a sample's id is the record's digest."""
+    """Text adapter whose samples are records, already in tokens: a sample's id is the record's digest.
+
+    It needs no tokenizer, and nothing that was done with another adapter can change what it does.
+    """
 
     coded: dict[str, Encoded] = field(default_factory=dict)
+    pad_id = 0  # hidden by the mask
 
     def encode(self, sample: Sample) -> Encoded:
         return self.coded[sample.id]
@@ -89,71 +113,99 @@ class RecordAdapter(TextAdapter):
 class Shards(Zone):
     """See the module's docstring.
 
-    Rows have no tensors, for records keep their token ids. Solved tensors: ``{layer}|A`` (r, in) and ``{layer}|B``
-    (out, r), float32.
+    Records keep their token ids, so rows have no tensors; with clusters they have ``place`` (D,) float32. Solved
+    tensors, without clusters: ``{layer}|A`` (r, in) and ``{layer}|B`` (out, r), float32.
     """
 
     options: ShardOptions
 
     @classmethod
     def prepare(cls, base: FrozenBase, public: Sequence[Sample], options: ShardOptions, seed: int) -> Public:
-        """Router gate and idf, from public samples."""
+        """Router gate and idf, and the centres of clusters, from public samples."""
         made = surrogates(public)
         arrays, constants = routing(base, public, made, options.false_open)
+        if options.clusters:
+            arrays |= fit_centres(base, public, options.clusters, seed)
         texts = frozenset(s.digest() for s in public)
         return Public(arrays=arrays, constants={**constants, "surrogates_renamed": made.renamed}, texts=texts)
 
     def extract(self, record: Record, base: FrozenBase) -> tuple[dict[str, Array], str]:
+        if self.options.clusters:
+            place_D, source = place_of(record, base, self.public.arrays)
+            return {"place": place_D}, source
         return {}, hashlib.sha256(np.array([record.first, *record.ids], dtype=np.int64).tobytes()).hexdigest()
 
     def solve(self, block: Block, base: FrozenBase) -> dict[str, Array]:
-        records = [row.record for row in block.sorted() if len(row.record.ids) > row.record.first]
+        if self.options.clusters:
+            return {}
+        return self._trained(block.sorted(), shard_seed(self.salt, block.subject), base.model, base.adapter.meter)
+
+    def _trained(self, rows: Sequence[Row], seed: int, model: nn.Module, meter: Meter) -> dict[str, Array]:
+        """A shard that has learnt these rows, in this order."""
+        records = [row.record for row in rows if len(row.record.ids) > row.record.first]
         if not records:
             return {}
-        seed = shard_seed(self.salt, block.subject)
-        rate = self.options.learning_rate or min(HIGHEST_RATE, sized_rate(base.model, RATE_AT_BILLION))
+        rate = self.options.learning_rate or min(HIGHEST_RATE, sized_rate(model, RATE_AT_BILLION))
         training = self.options.training(len(records), rate)
         options = LoraOptions(r=self.options.r, alpha=self.options.alpha, targets=self.options.targets)
-        with one_thread(), torch.enable_grad(), fresh_lora(base.model, options, seed) as model:
-            adapter = _record_adapter(base, records)
-            samples = [Sample(id=r.digest, subject="", target="") for r in records]
-            fit(model, adapter, samples, training, seed=seed, name="shard")
-            return lora_arrays(model)
+        adapter = RecordAdapter(meter=meter)
+        adapter.coded = {r.digest: Encoded(r.ids, r.first, r.ids[: r.first]) for r in records}
+        samples = [Sample(id=r.digest, subject="", target="") for r in records]
+        with one_thread(), torch.enable_grad(), fresh_lora(model, options, seed) as wrapped:
+            fit(wrapped, adapter.bind(model), samples, training, seed=seed, name="shard")
+            return lora_arrays(wrapped)
+
+    # -- clusters ----------------------------------------------------------------------------------------------------
+
+    def _settle(self, touched: Iterable[str], base: FrozenBase | None) -> None:
+        super()._settle(touched, base)
+        if self.options.clusters and base is not None:  # at once, so that no shard that saw a removed row stays
+            for number in sorted({cluster_of(block, self.public.arrays) for block in self.blocks.values()}):
+                self._cluster(number, base.model, base.adapter.meter)
+
+    def _cluster(self, number: int, model: nn.Module, meter: Meter) -> dict[str, Array]:
+        """The shard of a cluster as it follows from the rows at present; trained anew when they have changed."""
+        members = [b for b in self.blocks.values() if cluster_of(b, self.public.arrays) == number]
+        rows = {row_id: row for block in members for row_id, row in block.rows.items()}
+        ordered = Block("", rows).sorted()
+        held: dict[int, tuple[list[str], dict[str, Array]]] = self.__dict__.setdefault("_held", {})
+        wanted = [row.record.digest for row in ordered]
+        if number not in held or held[number][0] != wanted:
+            held.pop(number, None)
+            held[number] = wanted, self._trained(ordered, shard_seed(self.salt, f"cluster/{number}"), model, meter)
+        return held[number][1]
+
+    # -- answering ---------------------------------------------------------------------------------------------------
 
     def adjust(self, seen: Seen) -> Tensor:
         out_BTV = seen.log_probs_BTV
         block_BT = seen.routes.block_BT
         usable_B = (seen.ids_BS >= 0).all(1)  # an embedding that is no token cannot be passed again: the base answers
-        device = out_BTV.device
-        laid: Laid[Shard] = self.__dict__.setdefault("_laid", Laid(self._lay))
-        for number in sorted(set(block_BT[usable_B & (block_BT >= 0).any(1)].flatten().tolist()) - {-1}):
-            open_BT = (block_BT == number) & usable_B[:, None]
-            shard = laid.get(seen.routes.subjects[number], device, self.version)
-            rows_M, cols_M = open_BT.nonzero(as_tuple=True)
-            with switched_on(seen.base, shard, self.options.alpha / self.options.r):
-                own_MV = log_probs_at(seen, rows_M, cols_M)
+        laid: Laid[Opened] = self.__dict__.setdefault("_laid", Laid(partial(self._lay, seen.base)))
+        for number in seen.routes.opened:
+            rows_M, cols_M = ((block_BT == number) & usable_B[:, None]).nonzero(as_tuple=True)
+            if not len(rows_M):
+                continue
+            opened = laid.get(seen.routes.subjects[number], out_BTV.device, self.version)
+            with switched_on(seen.base, opened.shard, self.options.alpha / self.options.r):
+                own_MV = log_probs_at(seen, rows_M, cols_M, opened)
             out_BTV = out_BTV.index_put((rows_M, cols_M), own_MV)
         return out_BTV
 
-    def _lay(self, subject: str, device: torch.device) -> Shard:
-        solved = self.blocks[subject].solved
-        names = sorted(name.removesuffix("|A") for name in solved if name.endswith("|A"))
-        pairs = {n: (torch.tensor(solved[f"{n}|A"]), torch.tensor(solved[f"{n}|B"])) for n in names}
-        return {n: (a.to(device), b.to(device)) for n, (a, b) in pairs.items()}
+    def _lay(self, model: nn.Module, subject: str, device: torch.device) -> Opened:
+        arrays = self.blocks[subject].solved
+        if self.options.clusters:
+            number = cluster_of(self.blocks[subject], self.public.arrays)
+            arrays = self._cluster(number, model, Meter())
+        names = sorted(name.removesuffix("|A") for name in arrays if name.endswith("|A"))
+        pairs = {n: (torch.tensor(arrays[f"{n}|A"]), torch.tensor(arrays[f"{n}|B"])) for n in names}
+        return Opened({n: (a.to(device), b.to(device)) for n, (a, b) in pairs.items()})
 
 
 def shard_seed(salt: str, subject: str) -> int:
     """31 bits of HMAC-SHA-256 of the subject under the zone's salt: no shard's seed tells of another."""
     code = hmac.new(bytes.fromhex(salt), b"shard/" + subject.encode(), hashlib.sha256).digest()
     return int.from_bytes(code[:4], "big") >> 1
-
-
-def _record_adapter(base: FrozenBase, records: Sequence[Record]) -> RecordAdapter:
-    """An adapter of its own, so that nothing that was done with the base's one can change the replay."""
-    theirs = base.adapter
-    adapter = RecordAdapter(meter=theirs.meter, tokenizer=theirs.tokenizer, context=theirs.context)
-    adapter.coded = {r.digest: Encoded(r.ids, r.first, r.ids[: r.first]) for r in records}
-    return adapter.bind(base.model)
 
 
 @contextmanager
@@ -201,10 +253,12 @@ def switched_on(model: nn.Module, shard: Shard, scale: float) -> Iterator[None]:
             handle.remove()
 
 
-def log_probs_at(seen: Seen, rows_M: Tensor, cols_M: Tensor) -> Tensor:
+def log_probs_at(seen: Seen, rows_M: Tensor, cols_M: Tensor, opened: Opened) -> Tensor:
     """Log-probabilities (M, V) of the base as it now is, at positions (row, column of the pass), from the whole texts.
 
-    Texts are packed to the left, so that positions count from their first token whatever side the padding was on.
+    Texts are packed to the left, so that positions count from their first token whatever side the padding was on. Where
+    not all positions are asked for, as in generation, a single sequence is kept with what was computed of it, so that
+    the next step computes the next token only.
     """
     chosen_R = torch.tensor(sorted(set(rows_M.tolist())), device=rows_M.device)
     place_M = torch.searchsorted(chosen_R, rows_M)
@@ -216,6 +270,15 @@ def log_probs_at(seen: Seen, rows_M: Tensor, cols_M: Tensor) -> Tensor:
     mask_RP = kept_RS.gather(1, packed_RS)[:, :length].long()
     at_M = kept_RS[place_M].cumsum(1).gather(1, (before + cols_M)[:, None])[:, 0] - 1
     base: Any = seen.base
+    if len(chosen_R) == 1 and before and not torch.is_grad_enabled():
+        text = ids_RP.cpu().numpy().astype(np.int64)[0]
+        done = opened.past.get_seq_length() if opened.past is not None else 0
+        if not (0 < done <= int(at_M.min()) and text[:done].tobytes() == opened.text):
+            opened.past, done = None, 0
+        out = base(input_ids=ids_RP[:, done:], past_key_values=opened.past, use_cache=True)
+        opened.text, opened.past = text.tobytes(), out.past_key_values
+        return out.logits[0, at_M - done].float().log_softmax(-1)  # type: ignore[no-any-return]
+    opened.past = None
     logits_RPV = base(input_ids=ids_RP.clamp_min(0), attention_mask=mask_RP, use_cache=False).logits
     found_MV: Tensor = logits_RPV[place_M, at_M].float().log_softmax(-1)
     return found_MV
