@@ -59,12 +59,11 @@ def page(folders: Sequence[Path]) -> str:
 def command(config: Mapping[str, Any]) -> str:
     """The command line that makes the study, as far as its options differ from the defaults."""
     words = ["expunge bench"]
-    for name, value in config.items():
-        if name in LEFT_OUT or value in (None, False, 0, "", [], {}, ()):
+    for name, given in config.items():
+        if name in LEFT_OUT or given in (None, False, 0, "", [], {}, ()):
             continue
         option = "--" + name.replace("_", "-")
-        if name == "methods":
-            value = ",".join(value)
+        value = ",".join(given) if name == "methods" else given
         if name == "data_options":
             words += [f"--data-option {k}={v}" for k, v in value.items()]
         elif isinstance(value, (str, int, float)):
