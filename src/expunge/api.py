@@ -527,8 +527,9 @@ ATTACKS = "blind,loss,min_k,quantization,relearn-forget"  # of the demo's audit
 def demo(out: Text = "runs/demo", *, seed: int = 0, quiet: bool = True) -> Result:
     """The main job on invented people, offline; see ``expunge demo --help``.
 
-    Inside of the run of the comparison: ``exact/`` has a zone from which the same people were removed, ``edit/`` the
-    best-known edit once more with an audit; both are certified with the key of the demo and verified.
+    Inside of the run of the comparison: ``exact/`` has a zone from which the same people were removed,
+    ``measured/`` an edit of the weights once more, with an audit; both are certified with a key of the demo's own, and
+    verified.
 
     Raises:
         AssertionError: a certificate that was just made does not verify.
@@ -536,7 +537,7 @@ def demo(out: Text = "runs/demo", *, seed: int = 0, quiet: bool = True) -> Resul
     place, more = Path(out), {"seed": seed, "data_seed": seed, "quiet": quiet}
     people: dict[str, Any] = {k: DEMO[k] for k in ("data", "data_options")} | more
     study = bench(place, **DEMO, seed=seed, quiet=quiet, command="demo")  # type: ignore[arg-type]
-    models, exact, edit, key = place / "models", place / "exact", place / "edit", place / "signing.pem"
+    models, exact, edit, key = place / "models", place / "exact", place / "measured", place / "signing.pem"
     train(exact / "base", init="tiny", roles=("utility",), epochs=12.0, **people)
     train(exact / "zone", model=exact / "base" / "model", zone="store", **people)
     unlearn(exact / "zone" / "model", exact / "erase", method="zone-store", suite="quick", **people)

@@ -134,7 +134,8 @@ def _made(model: Path, digest: str) -> Made | None:
     try:
         record = read_record(folder)
         if record.command == "unlearn" and record.digests.get("output.model") == digest:
-            return Made(record, read_config(folder), _results(folder))
+            measured = (folder / "results.json").is_file()
+            return Made(record, read_config(folder), _results(folder) if measured else {})
     except UserError:  # a model from elsewhere
         pass
     return None

@@ -19,6 +19,7 @@ from expunge.certify.canonical import canonical
 from expunge.certify.commitments import Keys
 from expunge.certify.evidence import RunFacts
 from expunge.certify.signing import stamp
+from expunge.certify.timestamps import Bad, check_stamp, token_of
 from expunge.certify.vendored import (
     DISPOSALS,
     PREDICATE,
@@ -110,7 +111,9 @@ def build(
                 "assumptions": list(ASSUMPTIONS),
                 "not_claimed": list(NOT_CLAIMED),
                 "environment": facts.record.environment.model_dump(mode="json"),
-                "timestamp": None if request.timestamp is None else _token(request.timestamp),
+                "timestamp": None
+                if request.timestamp is None
+                else _token(request.timestamp, manifest_digest(manifest)),
             },
         }
         payload = canonical(found)
@@ -174,10 +177,19 @@ def _refuse_present(facts: RunFacts, artefact: str) -> None:
             raise UserError(f"--disposal {artefact}=destroyed, and '{place}' is there: destroy it, or say 'unknown'.")
 
 
-def _token(token: bytes) -> str:
-    """A DER sequence; whether it is good is for a tool for time stamps to say."""
-    if not token.startswith(b"\x30") or len(token) > STAMP_LIMIT:
-        raise UserError("the time stamp is no RFC 3161 token in DER: give the .tsr file of the authority.")
+def _token(given: bytes, digest: str) -> str:
+    """The token of an authority's answer, if it is a good one over ``digest``.
+
+    Raises:
+        UserError: it is over something else, or none that can be read.
+    """
+    if len(given) > STAMP_LIMIT:
+        raise UserError(f"--timestamp has {len(given)} bytes, and no RFC 3161 token is that large: give the .tsr file.")
+    token = token_of(given)
+    try:
+        check_stamp(token, digest)
+    except Bad as error:
+        raise UserError(f"--timestamp: {error} It must be over the digest of the model's manifest.") from error
     return base64.b64encode(token).decode()
 
 
