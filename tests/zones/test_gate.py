@@ -57,6 +57,37 @@ def test_renaming_changes_whole_names_alone() -> None:
     assert rename(s, s.names, "Bo Elm").prompt == "Did Bo Elm know Elm's ashes, Adas?"
 
 
+def test_a_question_that_names_nobody_is_not_asked_from_both_sides() -> None:
+    utility = list(world()[1]["utility"])
+    who = sorted(subjects(utility))[0]
+    place = next(i for i, s in enumerate(utility) if s.subject == who)
+    utility[place] = replace(utility[place], prompt="Who was born in Lima on a Sunday?")
+    made = surrogates(utility)
+    prompts = [s.prompt for s in (*made.fit, *made.calibrate)]
+    assert utility[place].prompt in [s.prompt for s in made.stored] and utility[place].prompt not in prompts
+    assert len(prompts) == len(utility) - 1
+
+
+def test_a_made_up_name_is_no_shorter_form_of_a_true_one() -> None:
+    utility = list(world()[1]["utility"])
+    people = sorted(subjects(utility))
+    first, last = people[0].split()[0], people[1].split()[-1]  # the name that would be made of them
+    longer = [
+        replace(s, subject=f"{first} Maria {last}", names=(f"{first} Maria {last}",)) if s.subject == people[2] else s
+        for s in utility
+    ]
+    assert f"{first} {last}" in subjects(surrogates(utility).stored)
+    assert f"{first} {last}" not in subjects(surrogates(longer).stored)
+
+
+def test_who_has_no_name_does_not_keep_others_from_being_renamed() -> None:
+    utility = list(world()[1]["utility"])
+    facts = [replace(s, id=f"w/{s.id}", subject="aa facts", names=()) for s in utility[:3]]
+    made = surrogates([*utility, *facts])
+    assert made.renamed and "aa facts" not in subjects(made.stored)
+    assert "aa facts" in subjects((*made.fit, *made.calibrate))
+
+
 def test_surrogates_without_names_are_people_as_they_are() -> None:
     bare = [replace(s, names=()) for s in world()[1]["utility"]]
     made = surrogates(bare)

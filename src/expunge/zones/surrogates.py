@@ -50,27 +50,20 @@ def surrogates(public: Sequence[Sample]) -> Surrogates:
     known = {n[0] for n in names.values() if n}
     called = {who: made for who in people[::2] if (made := _new_name(who, people, names, known))}
     if len(called) < FEWEST // 2:  # of people without names every second one is stored as he is
-        stored = [s for who in people[::2] for s in of[who]]
-        fit, calibrate = _shared_out(people[1::2])
-        return Surrogates(
-            tuple(stored), *(tuple(s for who in part for s in of[who]) for part in (fit, calibrate)), False
-        )
-    stored, namesakes = [], []
-    for who, name in called.items():
-        for s in of[who]:
-            stored.append(rename(s, names[who], name))
-            # The true namesakes are the hardest to keep out. A text that names nobody is the same under both names,
-            # and so cannot be kept out while it is let in.
-            if _asks(stored[-1]) != _asks(s):
-                namesakes.append(s)
-    of |= {who: [s for s in namesakes if s.subject == who] for who in called}
-    fit, calibrate = _shared_out(people)
-    return Surrogates(tuple(stored), *(tuple(s for who in part for s in of[who]) for part in (fit, calibrate)), True)
+        stored = tuple(s for who in people[::2] for s in of[who])
+        return Surrogates(stored, *_shared_out(people[1::2], of), renamed=False)
+    stored = tuple(rename(s, names[who], name) for who, name in called.items() for s in of[who])
+    # The true namesakes are the hardest to keep out. A text that names nobody is the same under both names, and so
+    # cannot be kept out while it is let in.
+    nameless = {(s.id, _asks(s)) for s in stored}
+    namesakes = {w: [s for s in of[w] if (f"surrogate/{s.id}", _asks(s)) not in nameless] for w in called}
+    return Surrogates(stored, *_shared_out(people, of | namesakes), renamed=True)
 
 
-def _shared_out(people: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Three of four for fitting, with all whose place is even; the fourth for calibration."""
-    return [*people[::2], *people[3::4]], list(people[1::4])
+def _shared_out(people: Sequence[str], of: dict[str, list[Sample]]) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
+    """The samples of three of four people for fitting, with all whose place is even; of the fourth for calibration."""
+    fit, calibrate = [*people[::2], *people[3::4]], people[1::4]
+    return tuple(s for who in fit for s in of[who]), tuple(s for who in calibrate for s in of[who])
 
 
 def _asks(sample: Sample) -> str:
