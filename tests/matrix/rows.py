@@ -64,6 +64,12 @@ TABLE: dict[str, Row] = {
         keeps=True,
         of={"vit": {"learning_rate": 1e-3}},
     ),
+    "task-vector": Row(
+        {"epochs": 10, "batch_size": 3, "learning_rate": 8e-3},
+        forgets=True,
+        keeps=True,
+        of={"vit": {"learning_rate": 3e-4, "largest": 4.0, "keep": 0.9}, "llava": {"learning_rate": 4e-3}},
+    ),
     "scrub": Row(
         {"epochs": 6, "batch_size": 3, "learning_rate": 4e-3},
         forgets=True,
@@ -72,7 +78,11 @@ TABLE: dict[str, Row] = {
     ),
     "relearn": Row({"epochs": 3, "batch_size": 6, "learning_rate": 4e-3}, forgets=True, keeps=True),
     "ssd": Row({}, forgets=True, of={"resnet": {"alpha": 1.2}, "vit": {"alpha": 1.2, "lambda_": 0.1}}, seedless=True),
-    "whp": Row({"epochs": 8, "batch_size": 3, "learning_rate": 4e-3}, forgets=True),
+    "whp": Row(
+        {"epochs": 8, "batch_size": 3, "learning_rate": 4e-3},
+        forgets=True,
+        of={"vit": {"reinforce_epochs": 10, "reinforce_learning_rate": 3e-3}},
+    ),
     "fisher-removal": Row({"budget": 0.3}, forgets=True, keeps=True, quick={"steps": 1, "samples": 6}),
     "fisher-forgetting": Row({"budget": 1.0}, forgets=True, quick={"samples": 6}),
     "fisher-noise": Row({"budget": 1.0}, forgets=True, quick={"samples": 6}),
