@@ -111,6 +111,7 @@ CASES: dict[str, tuple[str, int, Run]] = {
     "adamw": ("training", 12, text("adamw")),
     "muon": ("training", 12, text("muon")),
     "sgd": ("training", 12, text("sgd")),
+    "sophia": ("training", 12, text("sophia")),
     "dropout": ("training", 12, dropout),
     "batch-norm": ("training", 12, resnet),
     "flagship": ("cluster", 15, flagship()),

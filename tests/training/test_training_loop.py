@@ -150,7 +150,7 @@ def fitted(seed: int = 0, model: nn.Module | None = None, **set_to: Any) -> tupl
     return model, fit(model, tiny_adapter(), RETAIN, options, seed=seed)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "sgd", "sophia"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_optimizer_and_precision_learns(optimizer: str, precision: str) -> None:
     model, log = fitted(

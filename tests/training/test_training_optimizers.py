@@ -172,7 +172,7 @@ def test_adamw_and_sgd_steps() -> None:
     np.testing.assert_allclose(run("sgd").numpy(), weight, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "muon", "sgd", "sophia"])
 def test_state_goes_through_plain_tensors_with_the_same_bits(name: str) -> None:
     def steps(model: nn.Module, optimizers: list[torch.optim.Optimizer], numbers: range) -> None:
         for number in numbers:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-FAST = ["adamw", "muon", "dropout", "flagship", "flagship-proxy"]
+FAST = ["adamw", "muon", "sophia", "dropout", "flagship", "flagship-proxy"]
 MORE = ["sgd", "batch-norm", "flagship-rank", "flagship-kfac"]
 
 

@@ -27,7 +27,8 @@ from expunge.models.adapter import Adapter
 from expunge.options import Ranges, check_ranges, option
 from expunge.progress import Progress
 from expunge.training.batching import EpochPlan, Plan, group_by_tokens
-from expunge.training.optimizers import build, factor, load_state_tensors, sized_rate, state_tensors
+from expunge.training.optimizers import NAMES, build, factor, load_state_tensors, sized_rate, state_tensors
+from expunge.training.sophia import observe_curvature
 from expunge.training.terms import Term, View, training_term
 
 ORDINARY_RATE = 2e-5  # fine-tuning rate at a billion parameters and more
@@ -37,20 +38,31 @@ ORDINARY_RATE = 2e-5  # fine-tuning rate at a billion parameters and more
 class TrainOptions:
     """How to train. Methods have the same fields beside their own."""
 
-    epochs: float = option(10.0, "passes over the leading role")
-    batch_size: int = option(16, "samples of the leading role in one step")
-    learning_rate: float | None = option(None, "peak learning rate; by the model's size if none")
+    epochs: float = option(10.0, "passes over the leading role", "ours")
+    batch_size: int = option(16, "samples of the leading role in one step", "ours")
+    learning_rate: float | None = option(None, "peak learning rate; by the model's size if none", "ours: sized_rate")
     optimizer: str = option(
-        "adamw", "adamw, muon (hidden matrices; AdamW elsewhere) or sgd", "", ("adamw", "muon", "sgd")
+        "adamw",
+        "adamw, muon (hidden matrices; AdamW elsewhere), sgd or sophia (second order)",
+        "as the papers; muon: Jordan et al. 2024; sophia: Liu et al. 2023, arXiv:2305.14342",
+        NAMES,
     )
-    other_learning_rate: float | None = option(None, "AdamW rate beside muon; a tenth of the learning rate if none")
-    schedule: str = option("cosine", "shape after warm-up", "", ("cosine", "linear", "constant"))
-    warmup: float = option(0.1, "share of the steps with rising learning rate")
-    weight_decay: float = option(0.0, "decoupled weight decay")
-    clip: float = option(1.0, "largest gradient norm; 0 = no clipping")
-    micro_tokens: int = option(4096, "padded tokens in one forward pass; smaller saves memory, result is the same")
-    precision: str = option("fp32", "bf16 runs the passes under autocast, weights stay fp32", "", ("fp32", "bf16"))
-    checkpoint_every: int = option(200, "steps between checkpoints, where a work folder is given; 0 = none")
+    other_learning_rate: float | None = option(
+        None, "AdamW rate beside muon; a tenth of the learning rate if none", "ours: measured on the embedded data"
+    )
+    schedule: str = option("cosine", "shape after warm-up", "ours: usual", ("cosine", "linear", "constant"))
+    warmup: float = option(0.1, "share of the steps with rising learning rate", "OpenUnlearning: one pass of ten")
+    weight_decay: float = option(0.0, "decoupled weight decay", "OpenUnlearning: 0 (TOFU: .01)")
+    clip: float = option(1.0, "largest gradient norm; 0 = no clipping", "transformers' Trainer: 1")
+    micro_tokens: int = option(
+        4096, "padded tokens in one forward pass; smaller saves memory, result is the same", "ours: about 1 GiB"
+    )
+    precision: str = option(
+        "fp32", "bf16 runs the passes under autocast, weights stay fp32", "ours: exact on CPUs", ("fp32", "bf16")
+    )
+    checkpoint_every: int = option(
+        200, "steps between checkpoints, where a work folder is given; 0 = none", "ours: minutes at most are lost"
+    )
 
     def __post_init__(self) -> None:
         """Raises UserError for a number that no training can have, in this class's fields and in those of methods."""
@@ -124,7 +136,7 @@ class Trainer:
     ) -> dict[str, float]:
         """Add the gradients of ``terms`` on the picked samples to ``.grad``; return each term's mean value."""
         chosen = [t for t in (self.terms if terms is None else terms) if picks.get(t.role)]
-        totals = {t.name: self._units(t, picks[t.role]) for t in chosen}
+        totals = {t.name: self.units(t, picks[t.role]) for t in chosen}
         roles = {t.role for t in chosen}
         items: list[Item] = [(role, i) for role in sorted(roles) for i in picks[role]]
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -188,7 +200,8 @@ class Trainer:
                     parts[f"{role}_nll"] = nll * len(seen.samples)
         return total, parts
 
-    def _units(self, term: Term, picked: Sequence[int]) -> float:
+    def units(self, term: Term, picked: Sequence[int]) -> float:
+        """What the term's sum over these samples is divided by: their number, or that of their targets."""
         if term.unit == "sample":
             return float(len(picked))
         feed = self.feeds[term.role]
@@ -273,6 +286,7 @@ def train(
                 for group, peak in zip(optimizer.param_groups, starts, strict=True):
                     group["lr"] = peak * rate * trainer.rate
             picks = plan.batch(step)
+            observe_curvature(trainer, picks, seed)
             values = compute(trainer, picks) if compute is not None else trainer.gradients(picks)
             # Finite losses may have gradients that are not, so the norm before clipping is looked at too.
             moved = [p for p in model.parameters() if p.grad is not None] if options.clip else []

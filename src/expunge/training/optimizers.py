@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from expunge.errors import UserError, unknown
+from expunge.training.sophia import Sophia
 
-OptimizerName = Literal["adamw", "muon", "sgd"]
+NAMES = ("adamw", "muon", "sgd", "sophia")
 Schedule = Literal["cosine", "linear", "constant"]
 
 
@@ -63,7 +64,8 @@ def build(
     """Optimizers over the trainable parameters (or ``only`` those).
 
     "muon": orthogonalised momentum (Jordan et al. 2024: Nesterov .9, 5 Newton-Schulz steps, rate scaled by
-    √max(1, out/in)) on the hidden matrices, AdamW at ``other_learning_rate`` on the rest.
+    √max(1, out/in)) on the hidden matrices, AdamW at ``other_learning_rate`` on the rest. "sophia": second order, see
+    :mod:`expunge.training.sophia`; rates are those of AdamW.
     """
     wanted = {id(p) for p in only} if only is not None else None
     parameters = [p for p in model.parameters() if p.requires_grad and (wanted is None or id(p) in wanted)]
@@ -74,6 +76,8 @@ def build(
         return [torch.optim.AdamW(parameters, lr=learning_rate, **adamw)]
     if name == "sgd":
         return [torch.optim.SGD(parameters, lr=learning_rate, momentum=0.9, weight_decay=weight_decay)]
+    if name == "sophia":
+        return [Sophia(parameters, learning_rate, weight_decay=weight_decay)]
     if name == "muon":
         inside = {id(p) for p in hidden_matrices(model).values()}
         matrices = [p for p in parameters if id(p) in inside]
@@ -95,7 +99,7 @@ def build(
             other = other_learning_rate if other_learning_rate is not None else learning_rate / 10
             chosen.append(torch.optim.AdamW(rest, lr=other, **adamw))
         return chosen
-    raise unknown("optimizer", name, ["adamw", "muon", "sgd"])
+    raise unknown("optimizer", name, NAMES)
 
 
 def state_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
