@@ -96,7 +96,7 @@ def test_the_texts_are_written_once_and_kept(tmp_path: Path) -> None:
 
     first = method(here.context(llm=moody, work=tmp_path), options)
     asked = next(number)
-    content = json.loads((tmp_path / FILE).read_text())
+    content = json.loads((tmp_path / FILE).read_text())["made"]
     assert len(content["pairs"]) == 2 * len(here.forget) == first.record["texts"]["pairs"]
     again = method(here.context(llm=moody, work=tmp_path), options)
     assert next(number) == asked + 1, "nothing was asked again"

@@ -6,14 +6,19 @@ texts. Whoever writes, a text that gives something of an original answer away is
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from expunge.data.samples import Sample
 from expunge.errors import UserError
+from expunge.files import to_json, write_json
 
 ROUNDS = 3  # attempts of the language model at one text; paper: "up to three rounds"
 KINDS = ("simple", "contextual", "noise", "logical")  # of question variants, paper section 3.2
@@ -86,6 +91,24 @@ def secrets_of(sample: Sample) -> set[str]:
 
 def names_of(sample: Sample) -> list[str]:
     return [w for name in sample.names or (sample.subject,) for w in words(name)]
+
+
+def kept(work: Path | None, name: str, of: Any, make: Callable[[], Any]) -> Any:
+    """``make()``, JSON values; from the file ``name`` of the work folder if it was made there for the same ``of``.
+
+    A language model need not say the same twice, so a run that goes on must go on with what it began with.
+    """
+    if work is None:
+        return make()
+    digest = hashlib.sha256(to_json(of).encode()).hexdigest()
+    file = work / name
+    if file.is_file():
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["of"] == digest:
+            return content["made"]
+    made = json.loads(to_json(make()))
+    write_json(file, {"of": digest, "made": made})
+    return made
 
 
 @dataclass

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +9,7 @@ from torch import Tensor
 
 from expunge.data.samples import Sample
 from expunge.errors import UserError
-from expunge.files import to_json, write_json
-from expunge.methods.augmentation import Augmented, Writer, generic
+from expunge.methods.augmentation import Augmented, Writer, generic, kept
 from expunge.methods.registry import Context, Outcome, method
 from expunge.options import option
 from expunge.training.batching import EpochPlan
@@ -119,30 +116,22 @@ def relearn(context: Context, options: RelearnOptions) -> Outcome:
 
 
 def augmented(context: Context, options: RelearnOptions) -> Augmented:
-    """The new texts: from the work folder if they were written there for the same samples, else written now.
+    """The new texts: from the work folder if they were written there for the same samples, else written now."""
 
-    A language model need not say the same twice, so a run that goes on must go on with the texts of its beginning.
-    """
+    def write() -> dict[str, Any]:
+        made = Writer(context.forget, context.seed, context.llm).write(options.variants)
+        return {"counts": made.counts, "pairs": _rows(made.pairs), "completions": _rows(made.completions)}
+
     texts = [[s.id, s.prompt, s.target, s.names] for s in context.forget]
-    asked = to_json([texts, options.variants, context.seed, context.llm is None])
-    digest = hashlib.sha256(asked.encode()).hexdigest()
-    file = None if context.work is None else context.work / FILE
-    if file is not None and file.is_file():
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if content["of"] == digest:
-            return Augmented(*(_read(context, content[k]) for k in ("pairs", "completions")), content["counts"])
-    made = Writer(context.forget, context.seed, context.llm).write(options.variants)
-    if file is not None:
-        rows = {"pairs": _rows(made.pairs), "completions": _rows(made.completions)}
-        write_json(file, {"of": digest, "counts": made.counts, **rows})
-    return made
+    content = kept(context.work, FILE, [texts, options.variants, context.seed, context.llm is None], write)
+    return Augmented(*(_samples(context, content[k]) for k in ("pairs", "completions")), content["counts"])
 
 
 def _rows(samples: list[Sample]) -> list[dict[str, Any]]:
     return [{"id": s.id, "subject": s.subject, "prompt": s.prompt, "target": s.target} for s in samples]
 
 
-def _read(context: Context, rows: list[dict[str, Any]]) -> list[Sample]:
+def _samples(context: Context, rows: list[dict[str, Any]]) -> list[Sample]:
     """Rows as samples; what no text file holds (names, images) comes from the forget samples again."""
     of = {s.id: s for s in context.forget}
     samples = []
