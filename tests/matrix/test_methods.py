@@ -444,6 +444,44 @@ def test_accumulation_equals_the_large_batch(name: str) -> None:
         assert float((a - b).detach().norm()) <= 0.02 * moved + 1e-5, n
 
 
+# -- who is looked at ---------------------------------------------------------------------------------------------------
+
+ROLES = ("forget", "retain", "unseen")
+
+
+@methods
+def test_a_role_reaches_the_method_exactly_when_it_is_declared(name: str) -> None:
+    """A text that stands in one role alone changes the result if the role is needed, and never if it is not declared."""
+    method, here = METHODS[name], world("text")
+    options = options_of(name, "text", **quick(method))
+    plain = method(here.context(), options).model
+    for role in ("retain", "unseen"):
+        marked = tuple(
+            replace(s, prompt=f"{s.prompt} zyx", target=f"{s.target} zyx", names=()) for s in getattr(here, role)
+        )
+        other = method(here.context(**{role: marked}), options).model
+        if role in method.needs:
+            assert not same(plain, other), f"{role} is not looked at"
+        elif role not in method.wants:
+            assert same(plain, other), f"{role} is looked at, undeclared"
+
+
+@pytest.mark.parametrize("name", with_option("micro_tokens"))
+def test_padding_changes_nothing(name: str) -> None:
+    """Passes of one sample have no padding; passes of all have much: the same weights come out."""
+    method, here = METHODS[name], world("text")
+    uneven = tuple(
+        replace(s, target=f"{s.target} " + "and so on " * (i % 3)) for i, s in enumerate((*here.forget, *here.retain))
+    )
+    roles = {"forget": uneven[: len(here.forget)], "retain": uneven[len(here.forget) :]}
+    alone = method(here.context(**roles), options_of(name, "text", **quick(method), micro_tokens=1)).model
+    padded = method(here.context(**roles), options_of(name, "text", **quick(method), micro_tokens=1 << 20)).model
+    twin, start = dict(padded.named_parameters()), dict(here.original.named_parameters())
+    for n, a in alone.named_parameters():
+        moved = float((a - start.get(n, torch.zeros(()))).detach().norm())
+        assert float((a - twin[n]).detach().norm()) <= 0.03 * moved + 1e-5, n
+
+
 # -- removal from zones ------------------------------------------------------------------------------------------------
 
 # Options under which each kind is built fast enough for this test.

@@ -63,7 +63,7 @@ def command(config: Mapping[str, Any]) -> str:
         if name in LEFT_OUT or given in (None, False, 0, "", [], {}, ()):
             continue
         option = "--" + name.replace("_", "-")
-        value = ",".join(given) if name == "methods" else given
+        value: Any = ",".join(given) if name == "methods" else given
         if name == "data_options":
             words += [f"--data-option {k}={v}" for k, v in value.items()]
         elif isinstance(value, (str, int, float)):

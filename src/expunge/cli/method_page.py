@@ -11,7 +11,11 @@ from expunge.errors import UserError
 from expunge.files import write_text
 
 BEGIN, END = "<!-- generated: begin -->", "<!-- generated: end -->"
-COLUMNS = ("method", "what it does", "objective", "needs", "uses if given", "helpers hold the data", "in sequence")
+COLUMNS = (
+    *("method", "what it does", "objective", "works on", "needs", "uses if given"),
+    *("changes", "helpers hold the data", "in sequence"),
+)
+SHORT = {"text": "text", "classifier": "images", "multimodal": "both"}
 
 
 def generated() -> str:
@@ -43,8 +47,10 @@ def _cells(entry: Entry) -> list[str]:
         f"`{entry.name}`",
         escaped(entry.summary),
         escaped(entry.formula) or "",
+        "all" if len(found["modalities"]) == len(SHORT) else ", ".join(SHORT[m] for m in sorted(found["modalities"])),
         ", ".join(sorted(found["needs"])),
         ", ".join(sorted(found["wants"])),
+        str(found["changes"]),
         "yes" if found["helpers_hold_data"] else "no",
         str(found["sequential"]),
     ]

@@ -18,14 +18,14 @@ from expunge.training.loop import TrainOptions, fit
 class RetrainOptions(TrainOptions):
     """The original's own schedule; ``bench`` sets it so, from the command line it must be given."""
 
-    epochs: float = option(16.0, "passes over the retain set; use the original's own number")
+    epochs: float = option(16.0, "passes over the retain set; use the original's own number", "ours: as studies do")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(TrainOptions):
     """Further training on retain alone."""
 
-    epochs: float = option(5.0, "passes over the retain set")
+    epochs: float = option(5.0, "passes over the retain set", "TOFU §4: 5")
 
 
 def from_scratch(model: nn.Module, seed: int) -> nn.Module:

@@ -113,7 +113,7 @@ def held(model: nn.Module, masks: Masks) -> Iterator[None]:
                 continue
             fixed.append((p, ~mask, p.detach()[~mask].clone()))
             if p.requires_grad:
-                after.callback(p.register_hook(_masked(mask)).remove)
+                after.callback(p.register_hook(_masked(mask)).remove)  # type: ignore[no-untyped-call]
         for module in model.modules():
             own = list(module.parameters(recurse=False))
             if own and not any(p.requires_grad for p in own):

@@ -23,13 +23,15 @@ class ClusterOptions(TrainOptions):
     batch_size: int = option(2, "forget samples in one step", "measured")
     retain_batch: int = option(4, "retain samples in one step", "measured")
     # what towards
-    members: str = option("auto", "target ensemble, +-joined from base, proxy, counterfactual, blend, original")
+    members: str = option(
+        "auto", "target ensemble, +-joined from base, proxy, counterfactual, blend, original", "measured"
+    )
     proxy_epochs: float = option(0.5, "passes of a retraining from the base on retain only; 0 = none", "measured")
     scratch_epochs: float = option(2.0, "without a base: passes of a proxy from random weights; 0 = none", "measured")
     proxy_rate: float = option(1e-2, "its Muon learning rate", "measured")
     people: int = option(3, "other people that the counterfactual member asks about", "experiments: K = 3")
     sharpness: float | None = option(None, "exponent of the ensemble; calibrated on unseen texts if none")
-    cap: float = option(0.02, "largest probability of a true token where no anchor bounds it (no base)")
+    cap: float = option(0.02, "largest probability of a true token where no anchor bounds it (no base)", "ours")
     js: float = option(4.0, "weight of Jensen-Shannon(target, model)", "measured")
     reverse: float = option(0.0, "weight of KL(model ‖ target); .3 without match", "measured")
     forward: float = option(0.0, "weight of KL(target ‖ model)")
@@ -40,19 +42,23 @@ class ClusterOptions(TrainOptions):
     optimizer: str = option("muon", "optimizer of the hidden matrices", "measured", OPTIMIZERS)
     learning_rate: float = option(3.4e-3, "peak learning rate of the hidden matrices", "measured")
     other_learning_rate: float | None = option(5e-4, "AdamW rate of the other parameters", "measured")
-    schedule: str = option("linear", "shape after warm-up", "", ("cosine", "linear", "constant"))
+    schedule: str = option("linear", "shape after warm-up", "measured", ("cosine", "linear", "constant"))
     rank: int | None = option(None, "largest rank of the change of each matrix; full if none")
     kfac_metric: str = option("logits", "curvature metric", "experiments", ("fisher", "gauss-newton", "logits"))
     damping: float = option(0.1, "relative damping of the K-FAC factors", "experiments: .03-.1")
     kl_clip: float = option(1e-3, "largest quadratic change of one K-FAC step", "experiments")
-    refresh: int = option(20, "steps between refreshes of the K-FAC factors")
+    refresh: int = option(20, "steps between refreshes of the K-FAC factors", "ours: cost")
     null_space: float | None = option(None, "control arm: hard null space of retain inputs at this energy")
     # where
-    groups: str = option("spectral", "token groups that the influence ranks", "", GROUPS)
+    groups: str = option("spectral", "token groups that the influence ranks", "the published idea", GROUPS)
     clusters: int | None = option(None, "number of token clusters; by eigengap and stability if none")
-    reach: float = option(0.95, "edit the smallest set of layer × cluster groups with this share of influence; 1 = all")
+    reach: float = option(
+        0.95,
+        "edit the smallest set of layer × cluster groups with this share of influence; 1 = all",
+        "measured: costs nothing",
+    )
     random_choice: bool = option(False, "control arm: as many groups, chosen at random instead of by influence")
-    cluster_tokens: int = option(4000, "token states that are clustered")
+    cluster_tokens: int = option(4000, "token states that are clustered", "ours: seconds")
     # what stays
     retain: str = option(
         "nll", "retain term: nll, kl to the original, or both", "measured", ("nll", "kl", "both", "none")
@@ -78,4 +84,4 @@ class ClusterOptions(TrainOptions):
     )
     rounding: int = option(4, "bits of the rounding that the last steps are taken under; 0 = none", "measured")
     rounding_from: float = option(0.75, "share of the steps after which that begins", "measured")
-    checkpoint_every: int = option(50, "steps between checkpoints, where a work folder is given; 0 = none")
+    checkpoint_every: int = option(50, "steps between checkpoints, where a work folder is given; 0 = none", "ours")
