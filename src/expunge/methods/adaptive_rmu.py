@@ -31,7 +31,9 @@ class AdaptiveRmuOptions(SteeringOptions):
 def adaptive_rmu(context: Context, options: AdaptiveRmuOptions) -> Outcome:
     """RMU whose target vectors are β times as long as the original's states, token by token.
 
-    A fixed length does nothing where states are longer than it (deep layers); this one fits every layer and model.
+    A fixed length does nothing where states are longer than it (deep layers); this one fits every layer and model. The
+    paper's retain weight was chosen for a retain corpus unlike the forget texts; where both share their form it holds
+    everything (a model of 0.3 million parameters forgot nothing of ``people``), and a hundredth of it forgets.
     """
 
     def lengths(states: States) -> Callable[[Sequence[Sample], int], Tensor]:

@@ -62,9 +62,12 @@ RANGES: Ranges = (
 
 @dataclass(frozen=True, kw_only=True)
 class RmuOptions(SteeringOptions):
-    """RMU."""
+    """RMU. Where the retain texts resemble the forget texts, as here, the paper's α = 1200 and c = 6.5 move nothing."""
 
-    coefficient: float = option(6.5, "length c of the vector that forget states are pushed to", "paper §4.3: 6.5")
+    alpha: float = option(1.0, "weight of the retain term", "OpenUnlearning on TOFU: 1; paper §4.3: 1200")
+    coefficient: float = option(
+        2.0, "length c of the vector that forget states are pushed to", "OpenUnlearning on TOFU: 2; paper §4.3: 6.5"
+    )
 
 
 @dataclass
@@ -128,7 +131,8 @@ def distance_B(states_BTD: Tensor, target_BTD: Tensor, real_BT: Tensor) -> Tenso
 def random_direction(width: int, seed: int) -> Tensor:
     """The unit vector u (D,): entries drawn uniformly from [0, 1), then normalised (paper §4.1)."""
     drawn_D = torch.rand(width, generator=torch.Generator().manual_seed(seed))
-    return drawn_D / drawn_D.norm()
+    unit_D: Tensor = drawn_D / drawn_D.norm()
+    return unit_D
 
 
 def steered_blocks(context: Context, options: SteeringOptions) -> tuple[int, list[nn.Module]]:
@@ -239,6 +243,7 @@ def rmu(context: Context, options: RmuOptions) -> Outcome:
     """Push hidden states of forget tokens to a random direction, hold those of retain tokens.
 
     Only the last matrix of up to three blocks moves. What is said after the push is noise: the loss on the forget set
-    goes far above that of a model that never saw it.
+    goes far above that of a model that never saw it. Forget and retain samples that share their form are hard to push
+    apart in one layer, so that a retain weight that is too small costs retain, and the paper's holds everything.
     """
     return steer(context, options, "rmu", lambda _: lambda _samples, _places: options.coefficient)
