@@ -444,14 +444,14 @@ def test_accumulation_equals_the_large_batch(name: str) -> None:
         assert float((a - b).detach().norm()) <= 0.02 * moved + 1e-5, n
 
 
-# -- who is looked at ---------------------------------------------------------------------------------------------------
+# -- who is looked at --------------------------------------------------------------------------------------------------
 
 ROLES = ("forget", "retain", "unseen")
 
 
 @methods
 def test_a_role_reaches_the_method_exactly_when_it_is_declared(name: str) -> None:
-    """A text that stands in one role alone changes the result if the role is needed, and never if it is not declared."""
+    """Other texts in one role alone change the result if the role is needed, and never if it is not declared."""
     method, here = METHODS[name], world("text")
     options = options_of(name, "text", **quick(method))
     plain = method(here.context(), options).model
