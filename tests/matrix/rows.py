@@ -39,6 +39,13 @@ TABLE: dict[str, Row] = {
     "wga": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
     "satimp": Row(STEADY | {"gamma": 3.0}, forgets=True, keeps=True, of={"vit": {"gamma": 30, "learning_rate": 2e-3}}),
     "ceu": Row(STEADY, forgets=True, of=ASCENT),
+    "altpo": Row(
+        {**STEADY, "epochs": 16, "learning_rate": 6e-3},
+        forgets=True,
+        keeps=True,
+        of={"vit": {"epochs": 6, "learning_rate": 1e-3}},
+    ),
+    "pdu": Row({**STEADY, "epochs": 16, "learning_rate": 6e-3}, forgets=True, keeps=True),
     "entropy": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
     "random-labels": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
     "finetune": Row({"epochs": 2, "batch_size": 6, "learning_rate": 1e-3}, keeps=True),
@@ -78,10 +85,16 @@ TABLE: dict[str, Row] = {
     ),
     "relearn": Row({"epochs": 3, "batch_size": 6, "learning_rate": 4e-3}, forgets=True, keeps=True),
     "ssd": Row({}, forgets=True, of={"resnet": {"alpha": 1.2}, "vit": {"alpha": 1.2, "lambda_": 0.1}}, seedless=True),
+    "icu": Row({}, forgets=True),
     "whp": Row(
         {"epochs": 8, "batch_size": 3, "learning_rate": 4e-3},
         forgets=True,
         of={"vit": {"reinforce_epochs": 10, "reinforce_learning_rate": 3e-3}},
+    ),
+    "pcgu": Row(
+        {"epochs": 10, "batch_size": 3, "learning_rate": 0.03},
+        forgets=True,
+        of={"resnet": {"learning_rate": 3.0}, "vit": {"learning_rate": 0.08}, "llava": {"learning_rate": 0.3}},
     ),
     "fisher-removal": Row({"budget": 0.3}, forgets=True, keeps=True, quick={"steps": 1, "samples": 6}),
     "fisher-forgetting": Row({"budget": 1.0}, forgets=True, quick={"samples": 6}),
@@ -101,4 +114,5 @@ TABLE: dict[str, Row] = {
         keeps=True,
         of={"resnet": {**BOTTLENECKS, "epochs": 40}, "vit": BOTTLENECKS},
     ),
+    "codeunlearn": Row({"epochs": 12, "codes": 128, "batch_size": 6, "learning_rate": 1e-2}, keeps=True),
 }

@@ -21,7 +21,7 @@ SSD = get_method("ssd")
 
 
 def slow_importance(model: Any, samples: tuple[Sample, ...]) -> Tensor:
-    """E over samples of (∂ log p(y|x) / ∂θ)², eq. 4, one class at a time."""
+    """E over samples of (∂ log p(y|x) / ∂θ)², one class at a time."""
     total = torch.zeros_like(model.linear.weight)
     for s in samples:
         x = torch.as_tensor(s.image)

@@ -56,7 +56,7 @@ class ForgettingOptions:
 @method(
     name="fisher-forgetting",
     options=ForgettingOptions,
-    paper="Gu et al. 2024, arXiv:2403.10557 (Fisher Forgetting), after Golatkar et al. 2020, arXiv:1911.04933, eq. 8",
+    paper="Gu et al. 2024, arXiv:2403.10557 (Fisher Forgetting), after Golatkar et al. 2020, arXiv:1911.04933",
     needs=frozenset({"retain"}),
     formula="θ ← θ + (λσ²)^¼ (F_r + λ)^−¼ b, b ~ N(0, I)",
 )

@@ -31,9 +31,9 @@ class NoiseOptions:
     alpha: float | None = option(
         None,
         "variance of the noise is alpha · F^-exponent; the largest alpha within the budget if none",
-        "arXiv:1911.04933 eq. 8: √(λσ²), tuned per model (released code: 1e-6 to 1e-9); the search is ours",
+        "arXiv:1911.04933: √(λσ²), tuned per model (released code: 1e-6 to 1e-9); the search is ours",
     )
-    exponent: float = option(0.5, "power of the curvature", "arXiv:1911.04933 eq. 8: ½; the released code has 1")
+    exponent: float = option(0.5, "power of the curvature", "arXiv:1911.04933: ½; the released code has 1")
     bound: float = option(
         1.0,
         "largest variance of a weight's noise, times the mean square of its tensor",
@@ -42,7 +42,7 @@ class NoiseOptions:
     budget: float = option(
         0.1, "rise of the retain loss that the noise may cost, nats per token", "ours: no evaluation is seen"
     )
-    labels: str = option("model", LABELS_MEAN, "arXiv:1911.04933 §6: labels drawn from the model", LABELS)
+    labels: str = option("model", LABELS_MEAN, "arXiv:1911.04933: labels drawn from the model", LABELS)
     draws: int = option(1, "draws per sample, for labels=model")
     samples: int = option(128, "retain samples that the retain loss of the search is measured on", "ours: cost")
 
@@ -72,7 +72,7 @@ def deviations(
 @method(
     name="fisher-noise",
     options=NoiseOptions,
-    paper="Golatkar, Achille & Soatto 2020, arXiv:1911.04933, eq. 8",
+    paper="Golatkar, Achille & Soatto 2020, arXiv:1911.04933",
     needs=frozenset({"retain"}),
     formula="θ ← θ + N(0, min(α F_r^−½, bound))",
 )

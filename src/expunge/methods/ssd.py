@@ -24,10 +24,10 @@ class SSDOptions:
         None,
         "weights with F_forget > alpha · F_all are dampened; 10, or 0.8 of its largest possible value (all targets / "
         "forget targets) where that is less, if none",
-        "arXiv:2308.07707 §5: 10; the cap is ours: from a forget share of a tenth on, 10 selects nothing",
+        "arXiv:2308.07707: 10; the cap is ours: from a forget share of a tenth on, 10 selects nothing",
     )
     lambda_: float = option(
-        1.0, "strength: a dampened weight is multiplied by min(1, lambda · F_all / F_forget)", "arXiv:2308.07707 §5: 1"
+        1.0, "strength: a dampened weight is multiplied by min(1, lambda · F_all / F_forget)", "arXiv:2308.07707: 1"
     )
 
     def __post_init__(self) -> None:
@@ -38,7 +38,7 @@ class SSDOptions:
 
 
 def dampening(forget: Tensor, whole: Tensor, alpha: float, strength: float) -> Tensor:
-    """The factor of each weight, eq. 6 and 7: 1 unless F_f > α F, else min(1, λ F / F_f)."""
+    """The factor of each weight: 1 unless F_f > α F, else min(1, λ F / F_f)."""
     factor = (strength * whole / forget.clamp_min(torch.finfo(torch.float32).tiny)).clamp_max(1.0)
     return torch.where(forget > alpha * whole, factor, torch.ones_like(factor))
 
@@ -46,7 +46,7 @@ def dampening(forget: Tensor, whole: Tensor, alpha: float, strength: float) -> T
 @method(
     name="ssd",
     options=SSDOptions,
-    paper="Foster, Schoepf & Brintrup 2024, arXiv:2308.07707, eq. 6 and 7",
+    paper="Foster, Schoepf & Brintrup 2024, arXiv:2308.07707",
     needs=frozenset({"retain"}),
     changes="some",
     formula="θ ← θ · min(1, λ F_all/F_f) where F_f > α F_all",
@@ -54,7 +54,7 @@ def dampening(forget: Tensor, whole: Tensor, alpha: float, strength: float) -> T
 def ssd(context: Context, options: SSDOptions) -> Outcome:
     """Shrink the weights that are far more important for the forget samples than for all of them.
 
-    F is the diagonal of the empirical Fisher matrix, from the gradient of each sample on its own (eq. 4), not of whole
+    F is the diagonal of the empirical Fisher matrix, from the gradient of each sample on its own, not of whole
     batches as in the released code, and in eval mode, so that no batch statistics move. A model that has memorised
     every sample spreads both importances over the same weights: there the retain samples suffer too, in image
     classifiers almost as much as the forget samples.
