@@ -20,24 +20,11 @@ from expunge.methods.cluster.edit import mean_losses
 from expunge.methods.families import FAMILIES, identities, replacement, retain_term
 from expunge.methods.forget_terms import wrong_labels
 from expunge.methods.registry import Context, Outcome, get_method
-from expunge.models.tiny import init_classifier, init_text
-from expunge.training.loop import TrainOptions, fit
-from tiny_text import tiny_dataset
+from expunge.models.tiny import init_classifier
+from family_cases import FORGET, LOADED, RETAIN, fresh, logits, mean_over_tokens, token_log_probs
 
-torch.set_num_threads(1)
-DATA = tiny_dataset()
-FORGET, RETAIN = DATA["forget"][:4], DATA["retain"][:6]
-LOADED = init_text([*DATA.private], "tiny-test")
 RATE = 0.1
 SEED = 3
-
-
-fit(LOADED.model, LOADED.adapter, [*FORGET, *RETAIN], TrainOptions(epochs=70, batch_size=5, learning_rate=1e-2))
-
-
-def fresh() -> nn.Module:
-    """A model that half knows the samples, so that no gradient is next to nothing."""
-    return copy.deepcopy(LOADED.model)
 
 
 def run(name: str, model: nn.Module, steps: int = 3, **values: Any) -> Outcome:
@@ -52,25 +39,6 @@ def run(name: str, model: nn.Module, steps: int = 3, **values: Any) -> Outcome:
 
 
 # -- the slow reference: full logits of one sample at a time -----------------------------------------------------------
-
-
-def logits(model: Any, sample: Sample) -> tuple[Tensor, Tensor]:
-    """(n, V) and the n target tokens."""
-    tokenizer: Any = LOADED.adapter.tokenizer  # type: ignore[attr-defined]
-    before = tokenizer(sample.prompt).input_ids
-    ids = tokenizer(f"{sample.prompt} {sample.target}{tokenizer.eos_token}").input_ids
-    assert ids[: len(before)] == before
-    out = model(input_ids=torch.tensor([ids])).logits[0]
-    return out[len(before) - 1 : -1], torch.tensor(ids[len(before) :])
-
-
-def token_log_probs(model: nn.Module, sample: Sample) -> Tensor:
-    z, y = logits(model, sample)
-    return torch.stack([z[t, y[t]] - torch.log(torch.exp(z[t]).sum()) for t in range(len(y))])
-
-
-def mean_over_tokens(values: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(values)).mean()
 
 
 def minus_log_sigmoid(x: Tensor) -> Tensor:

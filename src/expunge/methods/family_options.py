@@ -57,7 +57,7 @@ class FamilyOptions(TrainOptions):
 RANGES: Ranges = (
     (("gamma", "alpha", "exponent", "doubt", "shift"), "0 or more", lambda v: 0 <= v < math.inf),
     (
-        ("beta", "bound", "stop_loss", "ease", "focus_weight", "dual_rate", "limit"),
+        ("beta", "bound", "stop_loss", "ease", "focus_weight", "dual_rate", "limit", "temperature"),
         "a number above 0",
         lambda v: 0 < v < math.inf,
     ),

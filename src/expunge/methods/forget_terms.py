@@ -18,6 +18,15 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, one_hot
 
 from expunge.data.samples import Sample
+from expunge.methods.family_options import (
+    CEUOptions,
+    FamilyOptions,
+    PreferenceOptions,
+    SatImpOptions,
+    SimNPOOptions,
+    UndialOptions,
+    WGAOptions,
+)
 from expunge.models.adapter import Adapter, evaluating
 from expunge.training.terms import Teacher, View, nll_N
 
@@ -46,7 +55,7 @@ def averaging_one(weights_N: Tensor, view: View) -> Tensor:
 # -- ascent and its weightings ---------------------------------------------------------------------------------------
 
 
-def ascent_N(view: View, options: Any, aids: Aids) -> Tensor:
+def ascent_N(view: View, options: FamilyOptions, aids: Aids) -> Tensor:
     """log p(y): descending on it is ascending on the loss. Or −log(1−p(y)), which has the same direction and a bound.
 
     d(−log(1−p))/dz_y = p: the push fades as the token is forgotten, where that of log p stays 1−p and never ends.
@@ -63,13 +72,13 @@ def unlikelihood_C(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
     return logits_CV.logsumexp(1) - others_CV.logsumexp(1)
 
 
-def wga_N(view: View, options: Any, aids: Aids) -> Tensor:
+def wga_N(view: View, options: WGAOptions, aids: Aids) -> Tensor:
     """p(y)^β · log p(y), the weight held constant: what is forgotten already is pushed no more."""
     log_p_N = view.log_prob_N()
     return (options.exponent * log_p_N.detach()).exp() * log_p_N
 
 
-def satimp_N(view: View, options: Any, aids: Aids) -> Tensor:
+def satimp_N(view: View, options: SatImpOptions, aids: Aids) -> Tensor:
     """p(y)^β₁ (1−p(y))^β₂ · log p(y), the weight held constant.
 
     A token that the model is sure of is hardly pushed at all: on a memorised text nothing moves for long.
@@ -83,12 +92,12 @@ def satimp_N(view: View, options: Any, aids: Aids) -> Tensor:
 # -- other answers and preferences -----------------------------------------------------------------------------------
 
 
-def nll_of_replacement_N(view: View, options: Any, aids: Aids) -> Tensor:
+def nll_of_replacement_N(view: View, options: FamilyOptions, aids: Aids) -> Tensor:
     """−log p of the refusal that stands in the answer's place."""
     return nll_N(view)
 
 
-def dpo_B(view: View, options: Any, aids: Aids) -> Tensor:
+def dpo_B(view: View, options: PreferenceOptions, aids: Aids) -> Tensor:
     """−log σ(β[log p/p_o(other answer) − log p/p_o(y)]); ln 2 at θ = o."""
     assert aids.teacher is not None and view.partner is not None
     won_B, lost_B = view.partner.log_prob_B(), view.log_prob_B()
@@ -97,19 +106,19 @@ def dpo_B(view: View, options: Any, aids: Aids) -> Tensor:
     return -logsigmoid(options.beta * ((won_B - won_o_B) - (lost_B - lost_o_B)))
 
 
-def altpo_B(view: View, options: Any, aids: Aids) -> Tensor:
+def altpo_B(view: View, options: PreferenceOptions, aids: Aids) -> Tensor:
     """2/β times :func:`dpo_B`, so that the push does not fade with β; 2 ln 2/β at θ = o."""
     return 2.0 / options.beta * dpo_B(view, options, aids)
 
 
-def npo_B(view: View, options: Any, aids: Aids) -> Tensor:
+def npo_B(view: View, options: PreferenceOptions, aids: Aids) -> Tensor:
     """−(2/β) log σ(−β log p/p_o(y)); 2 ln 2/β at θ = o."""
     assert aids.teacher is not None
     own_B = view.log_prob_B()
     return -2.0 / options.beta * logsigmoid(-options.beta * (own_B - aids.teacher.log_prob_B(view.samples, own_B)))
 
 
-def simnpo_B(view: View, options: Any, aids: Aids) -> Tensor:
+def simnpo_B(view: View, options: SimNPOOptions, aids: Aids) -> Tensor:
     """−(2/β) log σ(−(β/|y|) log p(y) − δ)."""
     mean_B = view.log_prob_B() / view.positions.count_per_sample().clamp_min(1)
     return -2.0 / options.beta * logsigmoid(-options.beta * mean_B - options.delta)
@@ -118,7 +127,7 @@ def simnpo_B(view: View, options: Any, aids: Aids) -> Tensor:
 # -- target distributions: all bounded below -------------------------------------------------------------------------
 
 
-def undial_N(view: View, options: Any, aids: Aids) -> Tensor:
+def undial_N(view: View, options: UndialOptions, aids: Aids) -> Tensor:
     """CE(q, p), q = softmax(z_o − β·onehot(y)): the original with the true token's logit lowered."""
     assert aids.teacher is not None
 
@@ -137,7 +146,7 @@ def ceu_C(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
     return -(target_CV * logits_CV.log_softmax(1)).sum(1)
 
 
-def ceu_N(view: View, options: Any, aids: Aids) -> Tensor:
+def ceu_N(view: View, options: CEUOptions, aids: Aids) -> Tensor:
     """:func:`ceu_C` without the first tokens of each answer."""
     sample_N, count_B = view.positions.sample_N, view.positions.count_per_sample()
     first_B = count_B.cumsum(0) - count_B
@@ -152,7 +161,7 @@ def entropy_C(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
     return (log_p_CV.exp() * log_p_CV).sum(1) + float(np.log(logits_CV.shape[1]))
 
 
-def entropy_N(view: View, options: Any, aids: Aids) -> Tensor:
+def entropy_N(view: View, options: FamilyOptions, aids: Aids) -> Tensor:
     """:func:`entropy_C` at every target."""
     return view.positions.per_token(entropy_C)
 
@@ -162,12 +171,12 @@ def margin_C(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
     return (logits_CV.amax(1) - logits_CV.mean(1)).square()
 
 
-def margin_N(view: View, options: Any, aids: Aids) -> Tensor:
+def margin_N(view: View, options: FamilyOptions, aids: Aids) -> Tensor:
     """:func:`margin_C` at every target."""
     return view.positions.per_token(margin_C)
 
 
-def random_label_N(view: View, options: Any, aids: Aids) -> Tensor:
+def random_label_N(view: View, options: FamilyOptions, aids: Aids) -> Tensor:
     """−log p of a wrong token in the true one's place; the text before it stays the true one."""
 
     def value(logits_CV: Tensor, targets_C: Tensor, wrong_C: Tensor) -> Tensor:

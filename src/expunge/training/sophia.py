@@ -105,8 +105,8 @@ def observe_curvature(trainer: Trainer, picks: Mapping[str, Sequence[int]], seed
     trainer.model.eval()
     try:
         trainer.gradients({r: picks[r] for r in roles}, terms)
-        for optimizer in due:
-            optimizer.observe(total)
+        for sophia in due:
+            sophia.observe(total)
     finally:
         trainer.model.train(was_training)
         for optimizer in trainer.optimizers:
