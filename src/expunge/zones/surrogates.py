@@ -51,19 +51,18 @@ def surrogates(public: Sequence[Sample]) -> Surrogates:
     called = {who: made for who in people[::2] if (made := _new_name(who, people, names, known))}
     if len(called) < FEWEST // 2:  # of people without names every second one is stored as he is
         stored = tuple(s for who in people[::2] for s in of[who])
-        return Surrogates(stored, *_shared_out(people[1::2], of), renamed=False)
+        return Surrogates(stored, _of(people[1::4], of), _of(people[3::4], of), renamed=False)
     stored = tuple(rename(s, names[who], name) for who, name in called.items() for s in of[who])
     # The true namesakes are the hardest to keep out. A text that names nobody is the same under both names, and so
     # cannot be kept out while it is let in.
     nameless = {(s.id, _asks(s)) for s in stored}
     namesakes = {w: [s for s in of[w] if (f"surrogate/{s.id}", _asks(s)) not in nameless] for w in called}
-    return Surrogates(stored, *_shared_out(people, of | namesakes), renamed=True)
+    of |= namesakes
+    return Surrogates(stored, _of([*people[::2], *people[3::4]], of), _of(people[1::4], of), renamed=True)
 
 
-def _shared_out(people: Sequence[str], of: dict[str, list[Sample]]) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """The samples of three of four people for fitting, with all whose place is even; of the fourth for calibration."""
-    fit, calibrate = [*people[::2], *people[3::4]], people[1::4]
-    return tuple(s for who in fit for s in of[who]), tuple(s for who in calibrate for s in of[who])
+def _of(people: Sequence[str], of: dict[str, list[Sample]]) -> tuple[Sample, ...]:
+    return tuple(s for who in people for s in of[who])
 
 
 def _asks(sample: Sample) -> str:
