@@ -153,6 +153,19 @@ def test_equivalence_needs_a_plan_that_came_first_and_covers_both_sides() -> Non
     assert "copies of one run" in Equivalent(evidence=same).judged().reasons[0]
 
 
+def test_an_exact_removal_is_zero_zero_and_nothing_less_is() -> None:
+    def ruled(**changes: Any) -> Indistinguishable:
+        return Indistinguishable(removal=removal(**changes), provenance=CLEAR, duplicates=SEARCH)
+
+    found = ruled().judged()
+    assert found.verdict == "certified" and (found.figures["epsilon"], found.figures["delta"]) == (0.0, 0.0)
+    assert "(0, 0)-indistinguishable" in ruled().said()
+    for gap in ({"rebuilt": None}, {"rebuilt": A}, {"rows": "unknown"}, {"statistics": "unknown"}):
+        assert ruled(**gap).judged().verdict == "unsupported"
+    measured = Indistinguishable(removal=removal(), residual=residual(), provenance=CLEAR, duplicates=SEARCH)
+    assert measured.judged().figures["epsilon"] == pytest.approx(1.0)  # noise is what was released
+
+
 def test_divergence() -> None:
     near = Distance(subjects=(0.1,) * 100 + (0.12,) * 100, floor=0.1)
     assert Close(distance=near).judged().verdict == "certified"

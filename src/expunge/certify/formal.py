@@ -89,7 +89,8 @@ class Indistinguishable(Claim):
     level: ClassVar[Level] = "L1"
     title: ClassVar[str] = "(ε, δ)"
     needs: ClassVar[tuple[str, ...]] = (
-        "one of: measured residuals of a strongly convex zone with noise, a certified reset, private training",
+        "one of: a removal that is exact (L0), measured residuals of a strongly convex zone with noise, a certified "
+        "reset, private training",
         "manifests of everything that was fixed without the records",
         "a search for near-duplicates",
     )
@@ -109,6 +110,7 @@ class Indistinguishable(Claim):
     residual: Residual | None = None
     reset: Reset | None = None
     private_training: PrivateTraining | None = None
+    removal: Removal | None = None
     provenance: Clearance | None = None
     duplicates: DuplicateSearch | None = None
     guesses: Guesses | None = None
@@ -116,7 +118,7 @@ class Indistinguishable(Claim):
     def ruling(self) -> Ruling:
         found = self.residual or self.reset or self.private_training
         if found is None:
-            return lacking("no residual, reset or private training was brought forward.")
+            return self._of_removal()
         if isinstance(found, Residual):
             own, gaps = self._of_residual(found)
         elif isinstance(found, Reset):
@@ -153,6 +155,14 @@ class Indistinguishable(Claim):
             gaps += ("no chain of manifests clears what was fixed beforehand.",)
         return Ruling("unsupported" if gaps else "certified", figures, gaps)
 
+    def _of_removal(self) -> Ruling:
+        """Equal bytes are (0, 0)-indistinguishable: nothing is left to be measured."""
+        exact = Exact(removal=self.removal, provenance=self.provenance, duplicates=self.duplicates).ruling()
+        if self.removal is None or exact.verdict != "certified":
+            return lacking("no exact removal, residual, reset or private training was brought forward.")
+        figures = {"mechanism": "Exact", "mu": 0.0, "epsilon": 0.0, "delta": 0.0, "releases": 1}
+        return Ruling("certified", figures)
+
     def _of_residual(self, r: Residual) -> tuple[float, tuple[str, ...]]:
         """μ = (τ₁ + τ₂)/(λσ) from the tolerances, which say nothing about the data; residuals must lie below them."""
         from expunge.zones.residual import ROUNDING_MARGIN  # needs PyTorch, which no other claim does
@@ -175,6 +185,8 @@ class Indistinguishable(Claim):
 
     def sentence(self, ruling: Ruling) -> str:
         f = ruling.figures
+        if f["mechanism"] == "Exact":
+            return "What is released is (0, 0)-indistinguishable from what is built without the records: it is equal."
         return (
             f"The released zone is (ε, δ) = ({number(f['epsilon'], 4)}, {f['delta']:g})-indistinguishable from one "
             f"that the same procedure builds without the records, over {f['releases']} release(s) together."

@@ -27,6 +27,7 @@ def assess(evidence: Evidence, limits: Limits = LIMITS) -> list[Claim]:
             residual=s.residual,
             reset=s.reset,
             private_training=s.private_training,
+            removal=s.removal,
             provenance=s.provenance,
             duplicates=s.duplicates,
             guesses=s.guesses,

@@ -81,14 +81,22 @@ def collect_study(run: Path | str, study: Path | str, plan: Plan) -> tuple[str, 
 def _label(results: Mapping[str, Any], method: str, settings: Mapping[str, Any], study: str) -> str:
     """The name under which the study ran the method with these settings."""
     rows = [r for r in results.get("rows", []) if r.get("kind") == "method" and r.get("study", "main") == "main"]
-    given = {key: str(value) for key, value in settings.items()}
+    given = {key: _setting(value) for key, value in settings.items()}
     for row in rows:
-        own = {key: str(value) for key, value in (row.get("settings") or {}).items()}
+        own = {key: _setting(value) for key, value in (row.get("settings") or {}).items()}
         name = str(row.get("method"))
         if method in (name, name.partition(":")[0]) and own == given:
             return name
     there = ", ".join(dict.fromkeys(str(r.get("method")) for r in rows)) or "nothing"
     raise UserError(f"the study '{study}' ran {there}, and not '{method}' with the settings of this run: run it so.")
+
+
+def _setting(value: Any) -> float | str:
+    """Settings are kept as texts, and 1 is 1.0."""
+    try:
+        return float(value)
+    except ValueError:
+        return str(value)
 
 
 def trials_of(arms: Mapping[str, Arms]) -> Trials | None:
