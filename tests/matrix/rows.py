@@ -77,6 +77,12 @@ TABLE: dict[str, Row] = {
         keeps=True,
         of={"vit": {"learning_rate": 3e-4, "largest": 4.0, "keep": 0.9}, "llava": {"learning_rate": 4e-3}},
     ),
+    "llmu": Row(
+        {"epochs": 10, "batch_size": 3, "learning_rate": 4e-3},
+        forgets=True,
+        keeps=True,
+        of={"vit": {"learning_rate": 1e-3, "epochs": 30}, "llava": {"learning_rate": 2e-3}},
+    ),
     "scrub": Row(
         {"epochs": 6, "batch_size": 3, "learning_rate": 4e-3},
         forgets=True,
@@ -85,6 +91,7 @@ TABLE: dict[str, Row] = {
     ),
     "relearn": Row({"epochs": 3, "batch_size": 6, "learning_rate": 4e-3}, forgets=True, keeps=True),
     "ssd": Row({}, forgets=True, of={"resnet": {"alpha": 1.2}, "vit": {"alpha": 1.2, "lambda_": 0.1}}, seedless=True),
+    "eco": Row({}, forgets=True, keeps=True),
     "icu": Row({}, forgets=True),
     "whp": Row(
         {"epochs": 8, "batch_size": 3, "learning_rate": 4e-3},
