@@ -1,4 +1,4 @@
-# make demo    install, then train, unlearn, attack and measure on the embedded dataset; prints where the report is
+# make demo    install, then train, unlearn, attack, measure and certify on invented people; prints where the report is
 # make test    install with the development tools, run the tests
 # make lint    ruff and mypy          make check   lint and test          make clean   remove the environment
 #

@@ -36,3 +36,42 @@ def test_the_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             main(shlex.split(line)[1:])
         codes.append(ended.value.code)
     assert codes == [0, 1, 0]  # the run has no evidence: a certificate of the refusal, which holds
+
+
+SMALL = {
+    "--init tiny ": "--init tiny-test ",
+    "--data people": "--data people --data-option people=6 --data-option forget=2 --data-option holdout=6 "
+    "--data-option utility=10 --data-option questions=2 --quiet",
+    "--data canaries": "--data canaries --data-option count=12 --data-option people=2 --data-option utility=4 "
+    "--data-option questions=2 --quiet",
+    "--seeds 7 --references 7": "--seeds 2 --references 2 --epochs 2 --base-epochs 1",
+    "--method npo": "--method npo --suite quick",
+    "--reference runs/seeds/models/reference-1": "--reference runs/seeds/models/reference-1 --suite quick",
+}
+
+
+@pytest.mark.slow
+def test_the_way_to_each_level_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command of the page on smaller models; the exact one is certified, what is too small is refused."""
+    monkeypatch.chdir(tmp_path)
+    part = PAGE.partition("## How each level is reached")[2].partition("\n## ")[0]
+    blocks = dict(re.findall(r"\*\*(.*?)[.*].*?```sh\n(.*?)^```", part, re.MULTILINE | re.DOTALL))
+    assert len(blocks) == 4
+    (plan,) = re.findall(r"```yaml\n(.*?)```", part, re.DOTALL)
+    (tmp_path / "plan.yaml").write_text(plan)
+    run("expunge keygen --out signing.pem")
+    for name, block in blocks.items():
+        for written in block.replace("\\\n", " ").strip().splitlines():
+            line = written
+            for given, small in SMALL.items():
+                if given != "--method npo" or "--suite" not in line:
+                    line = line.replace(given, small)
+            code = run(line)
+            refusal = line.startswith("expunge certify") and not name.startswith("L0")
+            assert code in ((0, 1) if refusal else (0,)), (code, line)
+
+
+def run(line: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(shlex.split(line)[1:])
+    return int(ended.value.code or 0)
