@@ -54,7 +54,7 @@ def page_of(folder: Path, content: dict[str, Any] | None = None, lines: list[dic
 
 def test_the_verdict_stands_on_top_with_its_reasons(html: str) -> None:
     text = " ".join("".join(Page(html).text).split())
-    assert re.findall(r'<section id="(\w+)"', html) == ["limits", "audit", "completeness", "attacks", "drill"]
+    assert re.findall(r'<section id="(\w+)"', html) == ["limits", "audit", "certificate", "completeness", "attacks", "drill"]
     assert text.index("Failed: privacy and robustness. Passed: effectiveness. Not shown: utility.") < 400
     assert "The standard suite examined 60 forget samples (beside them 120 retain, 60 holdout and 50 utility)" in text
     assert "compared with its original, 2 retrained references and 3 shadow models that never saw the data" in text
@@ -348,7 +348,8 @@ def test_an_audit_beside_results_comes_first(tmp_path: Path) -> None:
     report_synthetic.write_run(tmp_path, report_synthetic.small())
     page = write_report(synthetic.write_audit(tmp_path)).read_text(encoding="utf-8")
     sections = re.findall(r'<section id="(\w+)"', page)
-    assert sections[:7] == ["limits", "audit", "completeness", "attacks", "drill", "warnings", "verdicts"]
+    first = ["limits", "audit", "certificate", "completeness", "attacks", "drill", "warnings", "verdicts"]
+    assert sections[:8] == first
     assert "board" in sections and Page(page).scripts and page.count("About the metrics below") == 1
     ids = [a["id"] for _, a in Page(page).tags if "id" in a]
     assert len(ids) == len(set(ids))
