@@ -50,6 +50,15 @@ TABLE: dict[str, Row] = {
     "random-labels": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
     "finetune": Row({"epochs": 2, "batch_size": 6, "learning_rate": 1e-3}, keeps=True),
     "retrain": Row({"epochs": 25, "batch_size": 6, "learning_rate": 1e-2}, forgets=True, keeps=True),
+    "sparsity": Row({"epochs": 6, "batch_size": 6, "learning_rate": 0.05}, keeps=True),
+    "boundary": Row(STEADY, forgets=True),
+    "forsaken": Row(STEADY, forgets=True, keeps=True),
+    "grad-projection": Row(
+        {"epochs": 20, "batch_size": 3, "variance": 0.99},
+        forgets=True,
+        keeps=True,
+        of={"resnet": {"learning_rate": 0.3}, "vit": {"learning_rate": 0.07}},
+    ),
     "salun": Row(STEADY, forgets=True, keeps=True),
     "sure": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
     "memflex": Row(STEADY, forgets=True, keeps=True, of={"vit": {"learning_rate": 2e-3}}),
@@ -103,6 +112,9 @@ TABLE: dict[str, Row] = {
         forgets=True,
         of={"resnet": {"learning_rate": 3.0}, "vit": {"learning_rate": 0.08}, "llava": {"learning_rate": 0.3}},
     ),
+    "l-codec": Row(
+        {"perturbations": 40, "damping": 1e-4, "budget": 1.0}, forgets=True, quick={"perturbations": 8, "units": 4}
+    ),
     "fisher-removal": Row({"budget": 0.3}, forgets=True, keeps=True, quick={"steps": 1, "samples": 6}),
     "fisher-forgetting": Row({"budget": 1.0}, forgets=True, quick={"samples": 6}),
     "fisher-noise": Row({"budget": 1.0}, forgets=True, quick={"samples": 6}),
@@ -122,4 +134,5 @@ TABLE: dict[str, Row] = {
         of={"resnet": {**BOTTLENECKS, "epochs": 40}, "vit": BOTTLENECKS},
     ),
     "codeunlearn": Row({"epochs": 12, "codes": 128, "batch_size": 6, "learning_rate": 1e-2}, keeps=True),
+    "o3": Row({"epochs": 8, "batch_size": 3}, forgets=True, keeps=True),
 }

@@ -69,6 +69,15 @@ def test_the_guard_of_the_forget_loss_holds() -> None:
     assert 0.5 < here.loss(outcome.model, here.forget) <= 1.5
 
 
+def test_by_default_the_loss_on_never_seen_samples_is_the_guard() -> None:
+    here = world("resnet")
+    most = here.loss(here.original, here.unseen)
+    guarded = REMOVAL(here.context(), REMOVAL.configure({"budget": 0.5}))
+    assert here.loss(guarded.model, here.forget) <= most and not guarded.notes
+    free = REMOVAL(here.context(unseen=()), REMOVAL.configure({"budget": 0.5}))
+    assert here.loss(free.model, here.forget) > most and any("no never-seen samples" in n for n in free.notes)
+
+
 def test_an_impossible_guard_changes_nothing_and_says_so() -> None:
     samples = points(40, seed=4)
     outcome = remove(np.zeros((3, 4)), samples[:4], samples[4:], stop_loss=0.5)  # it is ln 3 at zero

@@ -38,7 +38,10 @@ class RemovalOptions:
         0.1, "rise of the retain loss that all steps together may cost, nats per token", "ours: no evaluation is seen"
     )
     stop_loss: float | None = option(
-        None, "no searched step lifts the forget loss above this, nats per token", "ours: a guard, as ascent has no end"
+        None,
+        "no searched step lifts the forget loss above this, nats per token; the original's loss on the never-seen "
+        "samples, if there are any, if none",
+        "ours: a guard, as ascent has no end",
     )
     damping: float = option(
         0.1, "added to the curvature, as a share of its mean eigenvalue in the samples' span", "ours: scale-free"
@@ -62,6 +65,7 @@ class RemovalOptions:
     options=RemovalOptions,
     paper="Gu et al. 2024, arXiv:2403.10557 (Fisher Removal)",
     needs=frozenset({"retain"}),
+    wants=frozenset({"unseen"}),
     formula="θ ← θ + γ (F_r + λ)⁻¹ ∇NLL(f)",
 )
 def fisher_removal(context: Context, options: RemovalOptions) -> Outcome:
@@ -75,10 +79,15 @@ def fisher_removal(context: Context, options: RemovalOptions) -> Outcome:
     few = some(context.retain, options.samples, context.seed)
     retained, forgotten = mean_loss(model, adapter, few), mean_loss(model, adapter, context.forget)
     start, log, notes = retained(), [], []
+    most = options.stop_loss
+    if most is None and context.unseen:
+        most = mean_loss(model, adapter, some(context.unseen, options.samples, context.seed))()
+    if most is None and options.step is None:
+        notes.append("no never-seen samples were given: nothing but the retain loss ends the ascent")
 
     def loss() -> float:
         """The retain loss, without end where the forget loss has passed its guard."""
-        return math.inf if options.stop_loss is not None and forgotten() > options.stop_loss else retained()
+        return math.inf if most is not None and forgotten() > most else retained()
 
     newton = num_targets(adapter, context.forget) / num_targets(adapter, context.retain)
     for number in range(options.steps):
