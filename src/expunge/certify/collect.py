@@ -11,7 +11,7 @@ Nothing is written about whatever cannot be looked at.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from expunge.certify.evidence import rows
 from expunge.certify.exact import manifest_of_zone, of_zone, seen_before
 from expunge.certify.fisher import collateral
 from expunge.certify.guesses import guesses_of
-from expunge.certify.provenance import Manifest, lineage_of, never_saw
+from expunge.certify.provenance import Manifest, lineage_of, never_saw, normalised_digest
 from expunge.certify.sections import Change, DuplicateSearch, Section, add_section
 from expunge.data.canary_coins import DATASET as COINS
 from expunge.data.duplicates import Duplicates, near_duplicates
@@ -69,7 +69,7 @@ def collect(
     found: dict[str, Any] = {"duplicates": DuplicateSearch.model_validate(search.record())}
     place = place_of(folder)
     if place.method.startswith("zone-") and place.original is not None:
-        found |= _of_zone(place, place.original, dataset)
+        found |= _of_zone(place, place.original, dataset, {kept for _, kept in search.handled})
     elif place.original is not None and (change := _moved(place, place.original, dataset)) is not None:
         found["change"] = change
     if dataset.name == COINS and (guessed := guesses_of(rows(folder), dataset)) is not None:
@@ -157,7 +157,8 @@ def _moved(place: Place, original: Path, dataset: Dataset) -> Change | None:
 # -- zones -------------------------------------------------------------------------------------------------------------
 
 
-def _of_zone(place: Place, original: Path, dataset: Dataset) -> dict[str, Any]:
+def _of_zone(place: Place, original: Path, dataset: Dataset, may_stay: Set[str]) -> dict[str, Any]:
+    """``may_stay``: ids of near-duplicates that somebody has decided to keep; their words count as their own."""
     old, new = load_model(str(original)), load_model(str(place.model))
     if not isinstance(old.model, ZonedModel) or not isinstance(new.model, ZonedModel):
         raise UserError(f"'{original}' or '{place.model}' holds no zone: nothing can be compared.")
@@ -180,6 +181,8 @@ def _of_zone(place: Place, original: Path, dataset: Dataset) -> dict[str, Any]:
     below = _below(original)
     under = below[0].made_from[0] if below and below[0].made_from else after.base_digest
     own = manifest_of_zone(place.model, after, kept, under, digest_code())
+    named = (normalised_digest(s, own.salt) for s in kept if s.id not in may_stay)
+    own = own.model_copy(update={"normalised": tuple(sorted({d for d in named if d is not None}))})
     # Of a zone from which nothing was removed the run before speaks too; what stands in it now is what counts.
     clearance = never_saw(own.artefact, [own, *(m for m in below if m.artefact != own.artefact)], requested)
     sections: dict[str, Section | Any] = {"removal": removal, "provenance": clearance}
