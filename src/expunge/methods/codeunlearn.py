@@ -143,7 +143,8 @@ def codeunlearn(context: Context, options: CodeUnlearnOptions) -> Outcome:
             role: float(np.mean(mean_losses(model, adapter, samples))) for role, samples in roles.items() if samples
         }
 
-    book, log = book_of(model), []
+    book = book_of(model)
+    log: list[dict[str, float]] = []
     if book is None:
         book, log = learn(context, options)
     else:
