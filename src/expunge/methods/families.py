@@ -250,7 +250,18 @@ def run_family(
         raise UserError(f"{row.name} trains on refusals and never meets the answers: use stop=unseen as its guard.")
     forget, partners = pairs or _answers(row, context)
     uses_retain = options.retain != "none" and bool(context.retain)
-    aids = _aids(row, context, options, [*forget, *(partners or ())], uses_retain and options.retain == "kl")
+    feeds = {"forget": Feed(forget, partners)}
+    sizes = {"forget": options.batch_size}
+    notes = []
+    if uses_retain:
+        feeds["retain"] = Feed(context.retain)
+        sizes["retain"] = options.retain_batch
+    elif options.retain != "none":
+        notes.append("no retain samples were given: nothing holds the rest of the model in place")
+    lengths = {role: feed.lengths(context.adapter) for role, feed in feeds.items()}
+    plan = EpochPlan(lengths, sizes, options.epochs, "forget", context.seed)
+    held = met(plan, "retain", context.retain) if uses_retain and options.retain == "kl" else []
+    aids = _aids(row, context, options, [*forget, *(partners or ())], held)
 
     def values(view: View) -> Tensor:
         found = row.term(view, options, aids)
@@ -261,17 +272,8 @@ def run_family(
         return found
 
     objective = [Term("forget", "forget", row.unit, values, options.gamma)]
-    feeds = {"forget": Feed(forget, partners)}
-    sizes = {"forget": options.batch_size}
-    notes = []
     if uses_retain:
         objective += retain_term(options.retain, options.alpha, aids.teacher)
-        feeds["retain"] = Feed(context.retain)
-        sizes["retain"] = options.retain_batch
-    elif options.retain != "none":
-        notes.append("no retain samples were given: nothing holds the rest of the model in place")
-    lengths = {role: feed.lengths(context.adapter) for role, feed in feeds.items()}
-    plan = EpochPlan(lengths, sizes, options.epochs, "forget", context.seed)
     watch = Watch.of(context, options, math.ceil(len(forget) / options.batch_size))
     log = train(
         context.model,
@@ -303,9 +305,14 @@ def _answers(row: Row, context: Context) -> tuple[Sequence[Sample], Sequence[Sam
     return (others, None) if row.replaces == "answer" else (context.forget, others)
 
 
-def _aids(row: Row, context: Context, options: Any, forget: Sequence[Sample], retain: bool) -> Aids:
+def met(plan: EpochPlan, role: str, samples: Sequence[Sample]) -> list[Sample]:
+    """The samples of the role that some step of the plan sees."""
+    return [samples[i] for i in sorted({i for step in range(plan.steps) for i in plan.batch(step)[role]})]
+
+
+def _aids(row: Row, context: Context, options: Any, forget: Sequence[Sample], held: Sequence[Sample]) -> Aids:
     """Everything that the original has to say, in one pass: it is gone once the training has begun."""
-    states = [*(forget if row.teacher == "states" else ()), *(context.retain if retain else ())]
+    states = [*(forget if row.teacher == "states" else ()), *held]
     sums = forget if row.teacher == "sums" else ()
     teacher = Teacher.of(context.model, context.adapter, states, sums=sums) if states or sums else None
     made = {} if row.prepare is None else row.prepare(context.model, context.adapter, forget, options, context.seed)
