@@ -43,7 +43,7 @@ class LCodecOptions:
     """Batches of forget samples are removed one after another."""
 
     batch_size: int = option(16, "forget samples that are removed together", "Mehta et al. 2022: one, or one batch")
-    perturbations: int = option(200, "disturbed copies of a batch", "Mehta et al. 2022: 1000; ours: cost")
+    perturbations: int = option(100, "disturbed copies of a batch", "Mehta et al. 2022: 1000; ours: cost")
     sigma: float = option(0.1, "disturbance of pixels and embeddings, in their deviations", "released code: 0.1")
     units: int = option(64, "most units that one batch may choose", "ours: the selection ends by itself before, mostly")
     damping: float = option(0.1, "added to the curvature, as a share of its mean eigenvalue", "ours: scale-free")

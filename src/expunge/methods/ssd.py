@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from expunge.errors import UserError
+from expunge.methods.adapter_edit import effective, whole_weights, write_change
 from expunge.methods.curvature import diagonal_fisher, num_targets, trainable
 from expunge.methods.registry import Context, Outcome, method
 from expunge.options import option
@@ -57,21 +58,33 @@ def ssd(context: Context, options: SSDOptions) -> Outcome:
     F is the diagonal of the empirical Fisher matrix, from the gradient of each sample on its own, not of whole
     batches as in the released code, and in eval mode, so that no batch statistics move. A model that has memorised
     every sample spreads both importances over the same weights: there the retain samples suffer too, in image
-    classifiers almost as much as the forget samples.
+    classifiers almost as much as the forget samples. With LoRA the weights under the adapter are judged, and their
+    dampening is written into the adapter as far as its rank holds it.
     """
     model, adapter, notes = context.model, context.adapter, []
-    forget = diagonal_fisher(model, adapter, context.forget, progress=context.progress)
-    retain = diagonal_fisher(model, adapter, context.retain, progress=context.progress)
+    with whole_weights(model) as layers:
+        weights = trainable(model)
+        forget = diagonal_fisher(model, adapter, context.forget, progress=context.progress)
+        retain = diagonal_fisher(model, adapter, context.retain, progress=context.progress)
     own, rest = num_targets(adapter, context.forget), num_targets(adapter, context.retain)
-    whole = {n: (own * f + rest * retain[n]) / (own + rest) for n, f in forget.items()}
     most = (own + rest) / own
     alpha = min(ALPHA, REACH * most) if options.alpha is None else options.alpha
     if alpha >= most:
         notes.append(f"alpha {alpha:g} selects nothing: F_forget is at most {most:.3g} times F_all on these samples")
-    dampened = 0
-    with torch.no_grad():
-        for name, weight in trainable(model).items():
-            factor = dampening(forget[name], whole[name], alpha, options.lambda_)
-            weight.mul_(factor.to(weight.dtype))
-            dampened += int((factor < 1).sum())
+    dampened, lost, changed = 0, 0.0, 0.0
+    for name, weight in weights.items():
+        whole = (own * forget[name] + rest * retain[name]) / (own + rest)
+        factor = dampening(forget[name], whole, alpha, options.lambda_)
+        dampened += int((factor < 1).sum())
+        if name in layers:
+            missed, wanted = write_change(layers[name], (factor - 1) * effective(layers[name]))
+            lost, changed = lost + missed, changed + wanted
+        else:
+            with torch.no_grad():
+                weight.mul_(factor.to(weight.dtype))
+    if layers:
+        notes.append(
+            f"the adapter's rank holds {1 - min(1.0, lost / max(changed, 1e-30)):.0%} of the squared change of the "
+            "weights under it"
+        )
     return Outcome(model, notes, {"alpha": alpha, "dampened": dampened})
