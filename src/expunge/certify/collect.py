@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from expunge.certify.evidence import rows
 from expunge.certify.exact import manifest_of_zone, of_zone, seen_before
@@ -85,9 +85,8 @@ def place_of(folder: Path) -> Place:
         UserError: a model has changed since the run.
     """
     record, options = read_record(folder), read_config(folder)
-    if record.command == "unlearn":
-        model, made, digests = folder / "model", options, record.digests
-    else:
+    model, made, digests = folder / "model", options, record.digests
+    if record.command == "audit":
         model = Path(str(options["model"])).expanduser()
         made, digests = _maker(model, record.digests["model"])
     before = options.get("original") if record.command == "audit" else None
@@ -100,7 +99,7 @@ def place_of(folder: Path) -> Place:
     return Place(model, path, str(made.get("method", "")), made.get("set") or {})
 
 
-def _maker(model: Path, digest: str) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+def _maker(model: Path, digest: str) -> tuple[dict[str, Any], dict[str, str]]:
     """(options, digests) of the run that made a model; empty when that is not known."""
     folder = model.resolve().parent
     try:
@@ -142,14 +141,15 @@ def _list(search: Duplicates, folder: Path) -> None:
 
 def _moved(place: Place, original: Path, dataset: Dataset) -> Change | None:
     """How far the model has moved on what stays; None where nothing stays, or the two are of different shapes."""
-    role = next((r for r in ("retain", "utility") if dataset[r]), None)  # type: ignore[index]
+    kept: tuple[Literal["retain", "utility"], ...] = ("retain", "utility")
+    role = next((name for name in kept if dataset[name]), None)
     if role is None:
         return None
-    samples = dataset[role]  # type: ignore[index]
+    samples = dataset[role]
     samples = samples[:: -(-len(samples) // MOST)]  # spread over all of them
     before, after = load_model(str(original)), load_model(str(place.model))
     try:
-        return collateral(before.model, after.model, before.adapter, samples).section(role)  # type: ignore[arg-type]
+        return collateral(before.model, after.model, before.adapter, samples).section(role)
     except UserError:
         return None
 

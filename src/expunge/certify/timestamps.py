@@ -66,7 +66,8 @@ class Item:
 
     @property
     def oid(self) -> str:
-        numbers, value = [], 0
+        numbers: list[int] = []
+        value = 0
         for byte in self.of(OID).content:
             value = value << 7 | byte & 0x7F
             if byte < 0x80:
