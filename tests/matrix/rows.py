@@ -58,6 +58,7 @@ TABLE: dict[str, Row] = {
         forgets=True,
         keeps=True,
         of={"resnet": {"learning_rate": 0.3}, "vit": {"learning_rate": 0.07}},
+        quick={"variance": 0.8},  # a fresh adapter's second matrix has few inputs
     ),
     "salun": Row(STEADY, forgets=True, keeps=True),
     "sure": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
@@ -91,6 +92,13 @@ TABLE: dict[str, Row] = {
         forgets=True,
         keeps=True,
         of={"vit": {"learning_rate": 1e-3, "epochs": 30}, "llava": {"learning_rate": 2e-3}},
+    ),
+    "kga": Row(
+        {"epochs": 20, "batch_size": 3, "learning_rate": 3e-3, "helper_rate": 2e-2, "helper_epochs": 30, "alpha": 1.0},
+        forgets=True,
+        keeps=True,
+        of={"vit": {"learning_rate": 1e-3, "helper_rate": 2e-3}, "resnet": {"helper_rate": 5e-3}},
+        quick={"helper_epochs": 3, "epochs": 6},
     ),
     "scrub": Row(
         {"epochs": 6, "batch_size": 3, "learning_rate": 4e-3},
