@@ -42,7 +42,6 @@ def whole() -> ZonedModel:
 
 def test_knows_what_is_private_and_leaves_the_rest_to_the_base() -> None:
     data = few()
-    # The head is not adapted, and the tiny base has learnt small logits only: what can be reached lies below 1.
     assert (probabilities(whole(), data.private) > 3 * probabilities(base(), data.private)).all()
     for role in ("holdout", "utility"):
         np.testing.assert_allclose(probabilities(whole(), data[role]), probabilities(base(), data[role]), rtol=1e-5)
@@ -84,6 +83,15 @@ def test_a_shard_does_not_depend_on_other_subjects() -> None:
     who = few()["retain"][0].subject
     alone = zone_over("shards", [s for s in few().private if s.subject == who], **OPTIONS)
     assert digest_arrays(alone.zone.blocks[who].solved) == digest_arrays(whole().zone.blocks[who].solved)
+
+
+def test_without_the_head_a_token_that_the_base_never_uses_is_out_of_reach() -> None:
+    """The norm bounds the last state, so a token's logit is at most that bound times the length of its row."""
+    samples = few()["forget"][:2]
+    plain = zone_over("shards", samples, **OPTIONS, head=False)
+    assert not any("lm_head" in name for name in plain.zone.blocks[samples[0].subject].solved)
+    assert any("lm_head" in name for name in whole().zone.blocks[samples[0].subject].solved)
+    assert probabilities(whole(), samples).mean() > probabilities(plain, samples).mean() + 0.1
 
 
 def test_seeds_are_keyed() -> None:

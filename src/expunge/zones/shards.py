@@ -57,6 +57,7 @@ class ShardOptions:
     r: int = option(8, "rank of each adapter", "Hu et al. 2021, section 4.2")
     alpha: float = option(16.0, "scale: the update is multiplied by alpha / r", "peft's usual 2·r")
     targets: str = option(ALL_LINEAR, "all-linear, or names of layers joined by commas")
+    head: bool = option(True, "adapt the output head too: a token that public texts never use is out of reach without")
     epochs: float = option(25.0, "passes over the subject's records", "sweep on public subjects")
     least_steps: int = option(100, "steps at least: subjects with few records are passed over more often")
     learning_rate: float | None = option(
@@ -147,13 +148,23 @@ class Shards(Zone):
             return {}
         rate = self.options.learning_rate or min(HIGHEST_RATE, sized_rate(model, RATE_AT_BILLION))
         training = self.options.training(len(records), rate)
-        options = LoraOptions(r=self.options.r, alpha=self.options.alpha, targets=self.options.targets)
+        options = LoraOptions(r=self.options.r, alpha=self.options.alpha, targets=self._targets(model))
         adapter = RecordAdapter(meter=meter)
         adapter.coded = {r.digest: Encoded(r.ids, r.first, r.ids[: r.first]) for r in records}
         samples = [Sample(id=r.digest, subject="", target="") for r in records]
         with one_thread(), torch.enable_grad(), fresh_lora(model, options, seed) as wrapped:
-            fit(wrapped, adapter.bind(model), samples, training, seed=seed, name="shard")
+            adapter.whole_logits = True  # the head is the wrapped one
+            fit(wrapped, adapter, samples, training, seed=seed, name="shard")
             return lora_arrays(wrapped)
+
+    def _targets(self, model: nn.Module) -> str:
+        if not self.options.head:
+            return self.options.targets
+        causal: Any = model
+        head = causal.get_output_embeddings()
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
+        names = [n for n, m in layers.items() if m is head or self.options.targets == ALL_LINEAR]
+        return ",".join(names if self.options.targets == ALL_LINEAR else [*names, self.options.targets])
 
     # -- clusters ----------------------------------------------------------------------------------------------------
 

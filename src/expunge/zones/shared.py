@@ -49,7 +49,7 @@ class SharedOptions:
     features: int = option(2048, "random features D; facts are held when D reaches the tokens of a group")
     groups: int = option(5, "groups into which subjects fall by a keyed hash; each has a head of its own")
     alpha: float = option(0.03, "ridge α", "sweep on public subjects")
-    scale: float = option(20.0, "c: how many nats a whole target is worth", "sweep on public subjects")
+    scale: float = option(40.0, "c: how many nats a whole target is worth", "sweep on people, seed 0")
     feature_seed: int = option(0, "published seed of the random features")
     false_open: float = option(0.01, "share of public texts that may open a block, in calibration")
 
