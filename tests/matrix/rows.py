@@ -107,7 +107,7 @@ TABLE: dict[str, Row] = {
         of={"vit": {"learning_rate": 1e-3}, "resnet": {"learning_rate": 2e-3}},
     ),
     "relearn": Row({"epochs": 3, "batch_size": 6, "learning_rate": 4e-3}, forgets=True, keeps=True),
-    "ssd": Row({}, forgets=True, of={"resnet": {"alpha": 1.2}, "vit": {"alpha": 1.2, "lambda_": 0.1}}, seedless=True),
+    "ssd": Row({}, forgets=True, of={"resnet": {"alpha": 1.2}, "vit": {"alpha": 1.2, "strength": 0.1}}, seedless=True),
     "eco": Row({}, forgets=True, keeps=True),
     "icu": Row({}, forgets=True),
     "whp": Row(
