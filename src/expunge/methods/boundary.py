@@ -23,7 +23,7 @@ from expunge.training.loop import Feed, TrainOptions, train
 from expunge.training.optimizers import sized_rate
 from expunge.training.terms import Term, View
 
-PAPER_RATE = 1e-5
+RATE = 1.5e-6  # at a billion parameters: near 1e-5 at the 10 million of the paper's networks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class BoundaryOptions(TrainOptions):
     epochs: float = option(10.0, "passes over the forget set", "paper §5.1: 10")
     batch_size: int = option(8, "forget samples in one step", "ours: as the loss families")
     learning_rate: float | None = option(
-        None, "peak learning rate; 1e-5 raised for small models if none", "paper's code: 1e-5"
+        None, "peak learning rate; 2e-5 for 10 million parameters, by the model's size if none", "paper's code: 1e-5"
     )
 
 
@@ -79,7 +79,7 @@ def boundary(context: Context, options: BoundaryOptions) -> Outcome:
     """
     model, adapter = context.model, context.adapter
     if options.learning_rate is None:
-        options = replace(options, learning_rate=sized_rate(model, PAPER_RATE))
+        options = replace(options, learning_rate=sized_rate(model, RATE))
     with evaluating(model):
         positions = adapter.positions(model, context.forget[:1])
     if isinstance(positions.head.module, nn.Identity):

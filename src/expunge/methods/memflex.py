@@ -54,6 +54,7 @@ class RegionOptions:
 class MemflexOptions(FamilyOptions):
     """The method."""
 
+    epochs: float = option(5.0, "passes over the forget set", "ours; paper's code: 2, at 30 times the rate on LoRA")
     mu: float = option(*MU)
     sigma: float | None = option(*SIGMA)
     copies: int = option(*COPIES)
