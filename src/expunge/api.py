@@ -509,7 +509,7 @@ def bench(
         return finished(run)
 
 
-DEMO = {
+DEMO: dict[str, Any] = {
     "data": "people",
     "data_options": {"people": 30, "forget": 3, "holdout": 24, "utility": 40, "questions": 8},
     "init": "tiny",
@@ -536,9 +536,9 @@ def demo(out: Text = "runs/demo", *, seed: int = 0, quiet: bool = True) -> Resul
     """
     place, more = Path(out), {"seed": seed, "data_seed": seed, "quiet": quiet}
     people: dict[str, Any] = {k: DEMO[k] for k in ("data", "data_options")} | more
-    study = bench(place, **DEMO, seed=seed, quiet=quiet, command="demo")  # type: ignore[arg-type]
+    study = bench(place, **DEMO, seed=seed, quiet=quiet, command="demo")
     models, exact, edit, key = place / "models", place / "exact", place / "measured", place / "signing.pem"
-    train(exact / "base", init="tiny", roles=("utility",), epochs=12.0, **people)
+    train(exact / "base", init=DEMO["init"], roles=("utility",), epochs=DEMO["base_epochs"], **people)
     train(exact / "zone", model=exact / "base" / "model", zone="store", **people)
     unlearn(exact / "zone" / "model", exact / "erase", method="zone-store", suite="quick", **people)
     first, retrained = models / "original-0", sorted(models.glob("reference-?"))
