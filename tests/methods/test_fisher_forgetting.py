@@ -39,10 +39,10 @@ def test_one_draw_is_the_fourth_root_times_the_noise() -> None:
 
 
 def test_over_seeds_the_covariance_is_the_inverse_square_root() -> None:
-    draws = np.stack([moved(s) for s in range(500)]) / 0.01
+    draws = np.stack([moved(s) for s in range(250)]) / 0.01
     white = draws @ root(dense(), 0.25)
     assert np.abs(white.mean(0)).max() < 0.2
-    assert np.abs(white.T @ white / len(white) - np.eye(12)).max() < 0.25
+    assert np.abs(white.T @ white / len(white) - np.eye(12)).max() < 0.3
 
 
 def test_the_largest_noise_within_the_budget() -> None:

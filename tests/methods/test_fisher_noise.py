@@ -34,8 +34,8 @@ def test_one_draw_weight_by_weight(exponent: float) -> None:
 
 def test_no_variance_passes_the_bound() -> None:
     most = 0.25 * float((START**2).mean())
-    spread = np.stack([moved(s, alpha=1e6, bound=0.25) for s in range(400)]).std(0)
-    assert np.allclose(spread, most**0.5, rtol=0.2)
+    spread = np.stack([moved(s, alpha=1e6, bound=0.25) for s in range(150)]).std(0)
+    assert np.allclose(spread, most**0.5, rtol=0.25)
     drawn = torch.randn(3, 4, generator=torch.Generator().manual_seed(5)).double().numpy().reshape(-1)
     assert np.allclose(moved(5, alpha=1e6, bound=0.25), most**0.5 * drawn, rtol=1e-4)
 

@@ -39,7 +39,7 @@ def test_each_weight_as_in_the_paper(alpha: float, strength: float) -> None:
     forget, retain = points(3, seed=1), points(12, seed=2)
     model, start = Regression(), Regression()
     outcome = SSD(
-        Context(model, RegressionAdapter(), forget, retain), SSD.configure({"alpha": alpha, "lambda_": strength})
+        Context(model, RegressionAdapter(), forget, retain), SSD.configure({"alpha": alpha, "strength": strength})
     )
     f, d = slow_importance(start, forget), slow_importance(start, (*forget, *retain))
     chosen = 0
@@ -93,7 +93,7 @@ def test_weights_of_the_forget_samples_alone_are_those_that_go() -> None:
     assert only_forget and float(kept[only_forget].mean()) < 0.9 < float(kept[only_retain].mean())
 
 
-@pytest.mark.parametrize("values", [{"alpha": 0.0}, {"lambda_": -1.0}])
+@pytest.mark.parametrize("values", [{"alpha": 0.0}, {"strength": -1.0}])
 def test_numbers_outside_their_domain(values: dict[str, float]) -> None:
     with pytest.raises(UserError, match="cannot be"):
         SSD.configure(values)

@@ -170,7 +170,7 @@ def flat(values: Mapping[str, Tensor]) -> Tensor:
 
 def unflat(vector_P: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Undo :func:`flat`."""
-    parts = vector_P.split([v.numel() for v in like.values()])
+    parts = torch.split(vector_P, [v.numel() for v in like.values()])
     return {name: part.view(v.shape) for (name, v), part in zip(like.items(), parts, strict=True)}
 
 
@@ -238,7 +238,8 @@ class DualFisher:
         gain_S = (curved_S + self.damping) ** exponent - self.damping**exponent
         gain_S = torch.where(real_S, gain_S / self._values_S.clamp_min(1e-300), torch.zeros_like(gain_S))
         inside_S = self._vectors_SS @ (gain_S * (self._vectors_SS.T @ (self.rows_SP @ vector_P).double()))
-        return self.damping**exponent * vector_P + self.rows_SP.T @ inside_S.to(self.rows_SP.dtype)
+        found_P: Tensor = self.damping**exponent * vector_P + self.rows_SP.T @ inside_S.to(self.rows_SP.dtype)
+        return found_P
 
     def quadratic(self, vector_P: Tensor) -> float:
         """vᵀFv without damping: twice the predicted rise of the loss, nats per target."""

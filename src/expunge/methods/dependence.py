@@ -41,7 +41,7 @@ def dependence(y_M: Tensor, z_MK: Tensor, given_MM: Tensor | None = None) -> Ten
     itself = torch.diag(torch.full((number,), torch.inf, dtype=z_MK.dtype, device=y_M.device))
     near_MM = itself if given_MM is None else given_MM + itself
     found = []
-    for z_Mk in z_MK.split(max(1, CHUNK // number**2), dim=1):
+    for z_Mk in torch.split(z_MK, max(1, CHUNK // number**2), dim=1):
         apart_kMM = (z_Mk.T[:, :, None] - z_Mk.T[:, None, :]).square_().add_(near_MM)
         both_kM = torch.minimum(rank_M, rank_M[apart_kMM.argmin(2)])
         if given_MM is None:

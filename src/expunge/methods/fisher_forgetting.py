@@ -41,7 +41,7 @@ class ForgettingOptions:
     )
     samples: int = option(128, "retain samples that the curvature is taken from", "ours: memory is samples × weights")
     labels: str = option("true", LABELS_MEAN, "arXiv:2403.10557: empirical Fisher", LABELS)
-    draws: int = option(1, "draws per sample, for labels=model")
+    draws: int = option(1, "draws per sample, for labels=model", "ours: one is unbiased")
 
     def __post_init__(self) -> None:
         for name in ("samples", "draws"):
@@ -64,7 +64,9 @@ def fisher_forgetting(context: Context, options: ForgettingOptions) -> Outcome:
     """Gaussian noise on the weights, least along the directions that the retain samples need.
 
     The forget samples are not looked at: they are forgotten as far as they depend on directions that the retain
-    samples do not. The full matrix over ``samples`` gradients takes part, not its diagonal.
+    samples do not. The full matrix over ``samples`` gradients takes part, not its diagonal. Within the default budget
+    that is little (``people``: forget probability .99 to .91 where retain falls to .92 of what it was); chained behind
+    fisher-removal it is the noise of a scrubbing step.
     """
     model, adapter = context.model, context.adapter
     few = some(context.retain, options.samples, context.seed)

@@ -43,7 +43,7 @@ class NoiseOptions:
         0.1, "rise of the retain loss that the noise may cost, nats per token", "ours: no evaluation is seen"
     )
     labels: str = option("model", LABELS_MEAN, "arXiv:1911.04933: labels drawn from the model", LABELS)
-    draws: int = option(1, "draws per sample, for labels=model")
+    draws: int = option(1, "draws per sample, for labels=model", "ours: one is unbiased")
     samples: int = option(128, "retain samples that the retain loss of the search is measured on", "ours: cost")
 
     def __post_init__(self) -> None:
@@ -80,7 +80,8 @@ def fisher_noise(context: Context, options: NoiseOptions) -> Outcome:
     """Gaussian noise of each weight on its own, with bounded variance, by the diagonal of the retain Fisher matrix.
 
     The forget samples are not looked at. The diagonal takes weights for independent, which they are not, so that the
-    noise which retain samples stand is small, and what was memorised one by one stays almost as it was.
+    noise which retain samples stand is small, and most of what was memorised stays with it (``people``: forget
+    probability .99 to .78 where retain falls to .92 of what it was). More noise, a larger budget, takes both.
     """
     model, adapter = context.model, context.adapter
     fisher = diagonal_fisher(

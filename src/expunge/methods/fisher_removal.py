@@ -48,7 +48,7 @@ class RemovalOptions:
     )
     samples: int = option(128, "retain samples that the curvature is taken from", "ours: memory is samples × weights")
     labels: str = option("true", LABELS_MEAN, "arXiv:2403.10557: inverse empirical Fisher", LABELS)
-    draws: int = option(1, "draws per sample, for labels=model")
+    draws: int = option(1, "draws per sample, for labels=model", "ours: one is unbiased")
 
     def __post_init__(self) -> None:
         for name in ("steps", "samples", "draws"):

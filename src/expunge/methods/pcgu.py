@@ -179,7 +179,7 @@ def least_similar(
     count = min(int(flat.isfinite().sum()), max(1, round(share * flat.numel())))
     chosen = torch.zeros_like(flat, dtype=torch.bool)
     chosen[torch.sort(flat, stable=True).indices[:count]] = True
-    parts = chosen.split([len(c) for c in cosines])
+    parts = torch.split(chosen, [len(c) for c in cosines])
     return {
         name: as_mask(part.to(gradient.device), gradient, partition)
         for (name, gradient), part in zip(true.items(), parts, strict=True)
@@ -225,7 +225,8 @@ def pcgu(context: Context, options: PCGUOptions) -> Outcome:
 
     The paper's pairs differ in one token, whose logit counts; here the pair is the true answer and that of the most
     similar question about somebody else, and the tokens count which the other answer does not have. No retain term:
-    retain samples only lend surrogate answers.
+    retain samples only lend surrogate answers, and are harmed (``people``: forget probability .99 to .33, retain to .84
+    of what it was).
     """
     model, adapter = context.model, context.adapter
     if options.learning_rate is None:

@@ -27,15 +27,15 @@ class SSDOptions:
         "forget targets) where that is less, if none",
         "arXiv:2308.07707: 10; the cap is ours: from a forget share of a tenth on, 10 selects nothing",
     )
-    lambda_: float = option(
-        1.0, "strength: a dampened weight is multiplied by min(1, lambda · F_all / F_forget)", "arXiv:2308.07707: 1"
+    strength: float = option(
+        1.0, "λ: a dampened weight is multiplied by min(1, strength · F_all / F_forget)", "arXiv:2308.07707: 1"
     )
 
     def __post_init__(self) -> None:
         if self.alpha is not None and not self.alpha > 0:
             raise UserError(f"alpha = {self.alpha} cannot be: give a number above 0.")
-        if not self.lambda_ >= 0:
-            raise UserError(f"lambda_ = {self.lambda_} cannot be: give 0 or more.")
+        if not self.strength >= 0:
+            raise UserError(f"strength = {self.strength} cannot be: give 0 or more.")
 
 
 def dampening(forget: Tensor, whole: Tensor, alpha: float, strength: float) -> Tensor:
@@ -74,7 +74,7 @@ def ssd(context: Context, options: SSDOptions) -> Outcome:
     dampened, lost, changed = 0, 0.0, 0.0
     for name, weight in weights.items():
         whole = (own * forget[name] + rest * retain[name]) / (own + rest)
-        factor = dampening(forget[name], whole, alpha, options.lambda_)
+        factor = dampening(forget[name], whole, alpha, options.strength)
         dampened += int((factor < 1).sum())
         if name in layers:
             missed, wanted = write_change(layers[name], (factor - 1) * effective(layers[name]))
