@@ -30,7 +30,7 @@ from expunge.training.terms import Teacher, Term, View, kl_C, nll_N
 
 PAPER = "Chen & Yang 2023"
 SHARE = 0.005  # of the model's parameters in the layers
-RATE = 5e-5  # the paper's, for T5-base and T5-3B
+RATE = 2e-5  # at a billion parameters: the paper's 5e-5 for the 220 million of T5-base, by the rule of sizes
 BOUNDS: Ranges = (
     (("alpha", "task", "gamma"), "0 or more", lambda v: 0 <= v < math.inf),
     (("rank",), "1 or more", lambda v: v >= 1),
@@ -43,9 +43,15 @@ class EulOptions(TrainOptions):
     """Options of ``eul``."""
 
     epochs: float = option(5.0, "rounds: one pass over retain, then one over forget", f"{PAPER}, §4: 3 to 5")
-    learning_rate: float | None = option(None, "peak learning rate; the paper's, raised for small models, if none")
+    learning_rate: float | None = option(
+        None, "peak learning rate; the paper's, by the model's size, if none", f"{PAPER}, §4: 5e-5 for T5-base"
+    )
     batch_size: int = option(8, "forget samples in one step", "ours: as the loss families")
-    retain_batch: int = option(8, "retain samples in one step", "ours: as the loss families")
+    retain_batch: int | None = option(
+        None,
+        "retain samples in one step; none: so many that both passes of a round have as many steps",
+        "ours: with many short steps on retain the few on forget are undone",
+    )
     schedule: str = option("linear", "shape after warm-up", f"{PAPER}, §4", ("cosine", "linear", "constant"))
     warmup: float = option(0.06, "share of the steps with rising learning rate", f"{PAPER}, §4")
     rank: int | None = option(None, "bottleneck width; none: 0.5 % of the parameters, at least 8", f"{PAPER}, §4")
@@ -173,7 +179,9 @@ def eul(context: Context, options: EulOptions) -> Outcome:
 
     feeds = {"retain": Feed(context.retain), "forget": Feed(context.forget)}
     lengths = {role: feed.lengths(context.adapter) for role, feed in feeds.items()}
-    sizes = {"retain": options.retain_batch, "forget": options.batch_size}
+    steps = math.ceil(len(context.forget) / options.batch_size)
+    retain_batch = options.retain_batch or max(1, math.ceil(len(context.retain) / steps))
+    sizes = {"retain": retain_batch, "forget": options.batch_size}
     teacher = Teacher.of(model, context.adapter, [*context.forget, *context.retain])  # U = 0: the original
     plan = Turns(lengths, sizes, options.epochs, context.seed)
     log = train_beside(context, list(layers.parameters()), feeds, objective(teacher, options), plan, options, "eul")

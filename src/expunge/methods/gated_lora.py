@@ -115,7 +115,7 @@ class GatedLora(Attachment):
         super().__init__()
         self.layers, self.shapes = list(layers), [(int(o), int(i)) for o, i in shapes]
         self.blocks, self.widths = list(blocks), list(widths)
-        self.requests = nn.ModuleList()
+        self.requests = nn.ModuleList()  # of Request; see :meth:`request`
         for rank, alpha, known in requests:
             self.add(int(rank), float(alpha), int(known))
         self.forced: list[float] | None = None  # weights of all samples instead of the gates', while training
@@ -128,6 +128,11 @@ class GatedLora(Attachment):
         made = [[r.rank, r.alpha, r.known] for r in self.requests]
         names = ("layers", "shapes", "blocks", "widths")
         return {**{name: getattr(self, name) for name in names}, "requests": made}
+
+    def request(self, place: int) -> Request:
+        found = self.requests[place]
+        assert isinstance(found, Request)
+        return found
 
     def add(self, rank: int, alpha: float, known: int) -> Request:
         """Room for one more request; the adapter does nothing yet."""
@@ -166,7 +171,8 @@ class GatedLora(Attachment):
             self.noted.append(states)
             return
         with torch.no_grad():
-            self._weights_QB = torch.stack([r.gate.weight(states) for r in self.requests])
+            gates = [self.request(place).gate for place in range(len(self.requests))]
+            self._weights_QB = torch.stack([gate.weight(states) for gate in gates])
 
     def _take(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if self._taken is not None:
@@ -193,9 +199,10 @@ class GatedLora(Attachment):
         if self.noted is not None or self._taken is not None or (self.forced is None and self._weights_QB is None):
             return output
         total: Tensor | None = None
-        for place, request in enumerate(self.requests):
+        for place in range(len(self.requests)):
             if self.forced is not None and self.forced[place] == 0:
                 continue
+            request = self.request(place)
             change = low_rank(getattr(module, "base_layer", module), inputs[0], request.A[number], request.B[number])
             change = change * (request.alpha / request.rank) * self._weight(place, change)
             total = change if total is None else total + change
@@ -213,10 +220,10 @@ class GatedLora(Attachment):
 
     def overlap(self, place: int) -> Tensor:
         """Σ over layers and earlier requests of ‖A_earlier A_newᵀ‖²_F; 0 for the first request."""
-        new = self.requests[place]
-        total = new.A[0].new_zeros(())
-        for earlier in list(self.requests)[:place]:
-            for old_RI, new_RI in zip(earlier.A, new.A, strict=True):
+        new = self.request(place)
+        total: Tensor = new.A[0].new_zeros(())
+        for earlier in range(place):
+            for old_RI, new_RI in zip(self.request(earlier).A, new.A, strict=True):
                 total = total + (old_RI.detach() @ new_RI.T).square().sum()
         return total
 

@@ -49,7 +49,9 @@ class O3Options(TrainOptions):
     """Options of ``o3``."""
 
     epochs: float = option(15.0, "passes over the forget set", f"{PAPER}, released settings: 15")
-    learning_rate: float | None = option(None, "peak learning rate; the paper's, raised for small models, if none")
+    learning_rate: float | None = option(
+        None, "peak learning rate; the paper's, raised for small models, if none", f"{PAPER}, released settings: 3e-4"
+    )
     batch_size: int = option(8, "forget samples in one step", "ours: the paper's 128 is more than most requests have")
     rank: int = option(8, "rank r of the adapters", f"{PAPER}, released settings: 8")
     alpha: float = option(16.0, "scale: the update is multiplied by α / r", f"{PAPER}, released settings: 16")
