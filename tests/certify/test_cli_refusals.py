@@ -115,6 +115,8 @@ def test_a_copy_under_another_name_stays(place: Path, tmp_path: Path, capsys: Ca
     for level in ("L0", "L1"):
         assert found[level]["verdict"] == "refuted"
         assert any("near-duplicate" in reason for reason in found[level]["evidence"]["reasons"])
+    expunge("certify", run, "--collect")
+    assert f"near-duplicates are listed in {run / 'duplicates.jsonl'}" in capsys.readouterr().out
     pairs = [json.loads(line) for line in (run / "duplicates.jsonl").read_text().splitlines()]
     assert (first.id, "copy") in {(p["forget"], p["kept"]) for p in pairs}
     decided = "\n".join(json.dumps(p | {"why": "said of somebody else too"}) for p in pairs)

@@ -95,7 +95,12 @@ def command(
         write_report(run)  # which shows the certificate
     places = {"certificate": made.certificate, "keys": made.keys, "page": made.page, "oms": made.oms}
     record = {k: v for k, v in places.items() if v is not None} | {"new": made.new, "verdict": made.verdict}
-    emit(record | {"statement": made.statement}, described(made), json)
+    text, pairs = described(made), run / "duplicates.jsonl"
+    if collect and pairs.is_file() and pairs.stat().st_size:
+        text += (
+            f"\nnear-duplicates are listed in {pairs}: write a reason into 'why' of each that may stay, collect again."
+        )
+    emit(record | {"statement": made.statement}, text, json)
     return int(made.verdict == "refused")
 
 
