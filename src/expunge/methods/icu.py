@@ -66,8 +66,8 @@ class Prefix(Attachment):
         from transformers import DynamicCache
 
         given = dict(zip(inspect.signature(module.forward).parameters, args, strict=False)) | kwargs
-        ids_BT, states_BTD = given.get("input_ids"), given.get("inputs_embeds")
-        rows, length = (ids_BT if ids_BT is not None else states_BTD).shape[:2]
+        read: Tensor = given["inputs_embeds"] if given.get("input_ids") is None else given["input_ids"]
+        rows, length = read.shape[:2]
         mask_BS, places_BT, cache = (given.get(k) for k in ("attention_mask", "position_ids", "past_key_values"))
         if mask_BS is not None and getattr(mask_BS, "ndim", 0) != 2:
             raise UserError("a prefix cannot stand before a call with a mask of its own shape: use a dynamic cache.")

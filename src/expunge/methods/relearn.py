@@ -124,7 +124,8 @@ def augmented(context: Context, options: RelearnOptions) -> Augmented:
 
     texts = [[s.id, s.prompt, s.target, s.names] for s in context.forget]
     content = kept(context.work, FILE, [texts, options.variants, context.seed, context.llm is None], write)
-    return Augmented(*(_samples(context, content[k]) for k in ("pairs", "completions")), content["counts"])
+    pairs, completions = (_samples(context, content[kind]) for kind in ("pairs", "completions"))
+    return Augmented(pairs, completions, content["counts"])
 
 
 def _rows(samples: list[Sample]) -> list[dict[str, Any]]:

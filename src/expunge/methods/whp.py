@@ -361,6 +361,6 @@ def generic_labels(
             labels_N = positions.per_token(label, hidden_ND.to(device), lowered_NK.to(device)).cpu()
             index_N = torch.cat([b.index_L for b in some])
             labels_N = torch.where(index_N >= 0, labels_N, -1)
-            for b, mine_L in zip(some, labels_N.split([len(b.targets_L) for b in some]), strict=True):
+            for b, mine_L in zip(some, torch.split(labels_N, [len(b.targets_L) for b in some]), strict=True):
                 found[b.sample.id] = mine_L
     return {b.sample.id: found.get(b.sample.id, torch.zeros(0, dtype=torch.long)) for b in blocks}
