@@ -54,7 +54,7 @@ TABLE: dict[str, Row] = {
     "boundary": Row(STEADY, forgets=True),
     "forsaken": Row(STEADY, forgets=True, keeps=True),
     "grad-projection": Row(
-        {"epochs": 20, "batch_size": 3, "variance": 0.99},
+        {"epochs": 20, "batch_size": 3, "learning_rate": 0.1},
         forgets=True,
         keeps=True,
         of={"resnet": {"learning_rate": 0.3}, "vit": {"learning_rate": 0.07}},
@@ -99,6 +99,15 @@ TABLE: dict[str, Row] = {
         keeps=True,
         of={"vit": {"learning_rate": 1e-3, "helper_rate": 2e-3}, "resnet": {"helper_rate": 5e-3}},
         quick={"helper_epochs": 3, "epochs": 6},
+    ),
+    "sku": Row(
+        {"epochs": 10, "batch_size": 3, "learning_rate": 4e-3, "keep": 0.85},
+        forgets=True,
+        keeps=True,
+        of={
+            "resnet": {"learning_rate": 8e-3, "random": 0.0},  # of three classes, another one is no distraction
+            "vit": {"learning_rate": 3e-4, "random": 0.0, "largest": 4.0},
+        },
     ),
     "scrub": Row(
         {"epochs": 6, "batch_size": 3, "learning_rate": 4e-3},

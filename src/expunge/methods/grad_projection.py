@@ -72,8 +72,9 @@ def energies(
             for call in calls:
                 x = call.layer.inputs(call.x)
                 mask_BT = batch.inputs.get("attention_mask")  # what sees other places has no padding: patches, targets
-                padded = mask_BT is not None and x.shape[:-1] == mask_BT.shape
-                x_MI = (x[mask_BT.bool()] if padded else x.flatten(0, -2)).double().cpu()
+                if mask_BT is not None and x.shape[:-1] == mask_BT.shape:
+                    x = x[mask_BT.bool()]
+                x_MI = x.flatten(0, -2).double().cpu()
                 found[call.layer.name] += x_MI.T @ x_MI
     return found
 
@@ -84,7 +85,8 @@ def main_directions(energy_II: Tensor, variance: float) -> Tensor:
     values_I, vectors_II = values_I.flip(0).clamp_min(0), vectors_II.flip(1)
     short_I = values_I.cumsum(0) < variance * values_I.sum()
     count = min(int(short_I.sum()) + 1, len(values_I)) if bool(values_I.sum() > 0) else 0
-    return vectors_II[:, :count].float()
+    chosen_IK: Tensor = vectors_II[:, :count].float()
+    return chosen_IK
 
 
 def bases_of(context: Context, layers: Mapping[str, Layer], variance: float) -> dict[str, Tensor]:
