@@ -20,8 +20,8 @@ from expunge.data.samples import Sample
 from expunge.errors import UserError
 from expunge.files import to_json, write_json
 
-ROUNDS = 3  # attempts of the language model at one text; paper: "up to three rounds"
-KINDS = ("simple", "contextual", "noise", "logical")  # of question variants, paper section 3.2
+ROUNDS = 3  # attempts of the language model at one text; as in the paper
+KINDS = ("simple", "contextual", "noise", "logical")  # of question variants, as in the paper
 HEAD = 0.25  # share of an answer's words that becomes the prompt of a completion pair
 
 # {q} the question, {name} whom it is about. Nothing here says more than the question does.

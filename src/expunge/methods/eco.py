@@ -35,7 +35,9 @@ GRID = range(-3, 6)  # of the search's beginning: powers of e around noise as lo
 class EcoOptions:
     """The classifier's errors, and the search for the strength of the noise."""
 
-    alpha: float = option(0.05, "share of other prompts that may be corrupted too", "paper §3.2: conformal threshold")
+    alpha: float = option(
+        0.05, "share of other prompts that may be corrupted too", "ours: the paper's threshold is conformal"
+    )
     buckets: int = option(4096, "buckets of token n-grams that the classifier weighs", "ours: offline, for RoBERTa")
     dims: int = option(
         0, "leading dimensions of the embeddings that get noise; 0 = all", "ours: the paper tries several"
@@ -143,7 +145,7 @@ class Corruption(Attachment):
 @method(
     name="eco",
     options=EcoOptions,
-    paper="Liu et al. 2024, arXiv:2406.07933, section 3",
+    paper="Liu et al. 2024, arXiv:2406.07933",
     formula="p_θ(· | e(x) + σξ) where C(x) > τ, p_θ(· | e(x)) elsewhere",
     needs=frozenset({"retain"}),
     wants=frozenset({"unseen"}),

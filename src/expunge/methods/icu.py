@@ -32,7 +32,7 @@ from expunge.options import option
 class IcuOptions:
     """What stands before the query."""
 
-    correct: int = option(6, "right examples of retain after the wrong ones", "paper §5: 6 of the tested 2, 4, 6, 10")
+    correct: int = option(6, "right examples of retain after the wrong ones", "ours: the paper tries a handful")
     share: float = option(0.5, "largest share of the context that the examples may take", "ours: half is for the query")
 
     def __post_init__(self) -> None:
@@ -96,7 +96,7 @@ class Prefix(Attachment):
 @method(
     name="icu",
     options=IcuOptions,
-    paper="Pawelczyk et al. 2023, arXiv:2310.07579, section 4",
+    paper="Pawelczyk et al. 2023, arXiv:2310.07579, prompt of ICUL",
     formula="p_θ(· | f with wrong answers, r with right ones, query)",
     needs=frozenset({"retain"}),
     modalities=frozenset({"text"}),

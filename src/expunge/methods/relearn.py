@@ -24,17 +24,17 @@ FILE = "augmented.json"  # in the work folder: what was learnt, and for a restar
 class RelearnOptions(TrainOptions):
     """What is written about the forget samples, and how it is learnt."""
 
-    epochs: float = option(3.0, "passes over the new texts", "paper, appendix: 3 (KnowUnDo), 2 (TOFU)")
+    epochs: float = option(3.0, "passes over the new texts", "paper: 3 on KnowUnDo, 2 on TOFU")
     learning_rate: float | None = option(
-        None, "peak learning rate; 1e-5, raised for small models, if none", "paper, appendix: 1e-5 (7B, LoRA)"
+        None, "peak learning rate; 1e-5, raised for small models, if none", "paper: 1e-5 on KnowUnDo (7B, LoRA)"
     )
-    batch_size: int = option(4, "new texts in one step", "paper, appendix: batch 1, accumulated 4 times")
+    batch_size: int = option(4, "new texts in one step", "paper: batch 1, accumulated 4 times")
     retain_batch: int = option(4, "retain samples in one step", "as many as new texts, as the released code")
-    variants: int = option(4, "questions beside the sample's own", "paper §3.2: simple, contextual, noise, logical")
-    completions: bool = option(True, "sentences to complete beside the questions", "paper §3.2")
-    generic: float = option(1.0, "everyday questions per new text", "paper §3.2: one to one")
-    alpha: float = option(1.0, "weight of the loss on retain", "paper eq. 3: all three weights are 1")
-    kl: float = option(1.0, "weight of the divergence from the original on retain", "paper eq. 3")
+    variants: int = option(4, "questions beside the sample's own", "paper: simple, contextual, noise, logical")
+    completions: bool = option(True, "sentences to complete beside the questions", "paper: yes")
+    generic: float = option(1.0, "everyday questions per new text", "paper: one to one")
+    alpha: float = option(1.0, "weight of the loss on retain", "paper: all three losses weigh the same")
+    kl: float = option(1.0, "weight of the divergence from the original on retain", "paper: as above")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,7 +54,7 @@ def reverse_kl_C(logits_CV: Tensor, teacher_CV: Tensor, targets_C: Tensor) -> Te
 @method(
     name="relearn",
     options=RelearnOptions,
-    paper="Xu et al. 2025, arXiv:2502.11190, equation 3",
+    paper="Xu et al. 2025, arXiv:2502.11190, unlearning loss",
     formula="NLL(ã | q̃, generic) + NLL(r) + KL(p_θ ‖ p_o)(r)",
     wants=frozenset({"retain", "llm"}),
     modalities=frozenset({"text", "multimodal"}),

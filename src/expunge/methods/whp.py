@@ -44,15 +44,15 @@ class WhpOptions(TrainOptions):
 
     epochs: float = option(30.0, "passes over the forget set", "ours: about the paper's 150 steps on 40 samples")
     learning_rate: float | None = option(
-        None, "peak learning rate; 1e-6, raised for small models, if none", "paper §3: 1e-6 (7B)"
+        None, "peak learning rate; 1e-6, raised for small models, if none", "paper: 1e-6 (7B)"
     )
-    batch_size: int = option(8, "forget samples in one step", "paper §3: 8")
-    reinforce_epochs: float = option(3.0, "passes of the reinforced model over the forget set", "paper §3: 3")
+    batch_size: int = option(8, "forget samples in one step", "paper: 8")
+    reinforce_epochs: float = option(3.0, "passes of the reinforced model over the forget set", "paper: 3")
     reinforce_learning_rate: float | None = option(
-        None, "its peak learning rate; 3e-6, raised for small models, if none", "paper §3: 3e-6 (7B)"
+        None, "its peak learning rate; 3e-6, raised for small models, if none", "paper: 3e-6 (7B)"
     )
-    alpha: float = option(5.0, "how far logits fall where the reinforced model's are higher", "paper eq. 1 and §3: 5")
-    anchors: bool = option(True, "replace names by ordinary ones for the original's reading", "paper §2.2")
+    alpha: float = option(5.0, "how far logits fall where the reinforced model's are higher", "paper eq. 1: 5")
+    anchors: bool = option(True, "replace names by ordinary ones for the original's reading", "paper: yes")
     penalty: float = option(
         5.0, "by how much translations of names that came before are lowered, in logits", "ours: the paper gives none"
     )
@@ -264,7 +264,7 @@ def block(adapter: Adapter, sample: Sample, anchors: Anchors) -> Block:
 
     A token outside of anchored terms stands for the token with the same characters. Of a term's first appearance the
     first token stands for the translation's first, and the others for theirs where both have as many; from its second
-    appearance on a term is left out (paper §2.2: the text would contradict itself).
+    appearance on a term is left out (paper: the text would contradict itself).
     """
     batch = adapter.collate([sample])
     targets_L = batch.targets_N
