@@ -181,7 +181,7 @@ def l_codec(context: Context, options: LCodecOptions) -> Outcome:
     Inputs are disturbed, and units are chosen by the coefficient of conditional dependence between their mean outputs
     and the loss; the step is that of Sekhari et al. 2021 on their weights alone, with the curvature of retain samples.
     All forget samples are removed, batch after batch; the released code stops after the first batch. A few units hold
-    little of what a model has memorised: with these defaults most of it stays (``people``: probability .99 to .8).
+    little of what a model has memorised: with these defaults most of it stays (``people``: probability .99 to .84).
     """
     model, adapter = context.model, context.adapter
     few = some(context.retain, options.samples, context.seed)
