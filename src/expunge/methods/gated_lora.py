@@ -57,14 +57,15 @@ class Gate(nn.Module):
             self.get_buffer(f"known_{number}").copy_(self._unit(number, known_NC))
 
     def _unit(self, number: int, states_BC: Tensor) -> Tensor:
-        mean_C, whiten_CC = self.get_buffer(f"mean_{number}"), self.get_buffer(f"whiten_{number}")
-        return normalize((states_BC.to(mean_C.dtype) - mean_C) @ whiten_CC, dim=-1)
+        # In float32 also where the model is served in half precision: differences of large numbers.
+        mean_C, whiten_CC = self.get_buffer(f"mean_{number}").float(), self.get_buffer(f"whiten_{number}").float()
+        return normalize((states_BC.float() - mean_C) @ whiten_CC, dim=-1)
 
     def score(self, states: Sequence[Tensor], *, without_itself: bool = False) -> Tensor:
         """(B,) from (B, C) of each block. ``without_itself``: the rows are the known prompts, each left out once."""
         scores = []
         for number, states_BC in enumerate(states):
-            cosine_BN = self._unit(number, states_BC) @ self.get_buffer(f"known_{number}").T
+            cosine_BN = self._unit(number, states_BC) @ self.get_buffer(f"known_{number}").float().T
             if without_itself:
                 cosine_BN = cosine_BN.masked_fill(
                     torch.eye(len(cosine_BN), dtype=torch.bool).to(cosine_BN.device), -1.0
