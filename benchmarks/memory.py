@@ -43,19 +43,21 @@ AGAINST = {"npo": "graddiff", "kl": "graddiff", "undial": "finetune"}
 class Clock(Progress):
     """Notes the time at every step. ``start`` and ``step`` are all that a training says to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         super().__init__()
+        self.device = device
         self.times: list[float] = []
 
     def step(self, *_: Any, **__: Any) -> None:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        self.times.append(now())
+        self.times.append(now(self.device))
 
 
-def now() -> float:
+def now(device: str) -> float:
     """Processor seconds, which other work on the machine does not disturb; wall seconds where a GPU works."""
-    return time.perf_counter() if torch.cuda.is_initialized() else time.process_time()
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def held_mib(what: str) -> float:
@@ -75,7 +77,7 @@ def side(name: str, shape: str, texts: int, tokens: int, device: str, out: Any) 
     forget, retain = samples[:texts], samples[texts:]
     before = held_mib("VmRSS")
     model = llama(shape, seed=0).to(device)
-    clock, started = Clock(), now()
+    clock, started = Clock(device), now(device)
     if name == "finetune":
         options = TrainOptions(epochs=1, batch_size=STEP, learning_rate=1e-5, checkpoint_every=0)
         fit(model, adapter, samples, options, progress=clock)
