@@ -73,8 +73,9 @@ def fisher_removal(context: Context, options: RemovalOptions) -> Outcome:
 
     At an optimum of all data, γ = 1 of the forget targets over the retain targets is the Newton step to the optimum
     without them. Deep models stand at no such optimum and are not quadratic, so each step goes as far as the retain
-    loss allows (``people``: forget probability .99 to .03, the retrained model's .02, where retain falls to .92 of what
-    it was). The inverse is the Woodbury identity over ``samples`` gradients; no P × P matrix is made.
+    loss allows. On ``people`` the forget probability falls from .99 to .03 (retrained: .02) where retain falls to .92
+    of what it was; in total variation the answers come no closer to the retrained model's. The inverse is the Woodbury
+    identity over ``samples`` gradients; no P × P matrix is made.
     """
     model, adapter = context.model, context.adapter
     few = some(context.retain, options.samples, context.seed)
