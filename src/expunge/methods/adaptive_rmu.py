@@ -17,13 +17,13 @@ from expunge.options import option
 class AdaptiveRmuOptions(SteeringOptions):
     """Adaptive RMU."""
 
-    beta: float = option(5.0, "length of the target vectors, in lengths of the original's states", "paper §5: β = 5")
+    beta: float = option(5.0, "length of the target vectors, in lengths of the original's states", "paper: β = 5")
 
 
 @method(
     name="adaptive-rmu",
     options=AdaptiveRmuOptions,
-    paper="Dang et al. 2024, arXiv:2408.06223, §5",
+    paper="Dang et al. 2024, arXiv:2408.06223, adaptive RMU",
     formula="E_f ‖h_ℓ − β·‖h_ℓ,o‖·u‖² + α · E_r ‖h_ℓ − h_ℓ,o‖²",
     wants=frozenset({"retain"}),
     changes="some",

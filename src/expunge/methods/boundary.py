@@ -30,7 +30,7 @@ RATE = 1.5e-6  # at a billion parameters: near 1e-5 at the 10 million of the pap
 class BoundaryOptions(TrainOptions):
     """The paper's fine-tuning of the widened model; it has no retain term."""
 
-    epochs: float = option(10.0, "passes over the forget set", "paper §5.1: 10")
+    epochs: float = option(10.0, "passes over the forget set", "paper: 10")
     batch_size: int = option(8, "forget samples in one step", "ours: as the loss families")
     learning_rate: float | None = option(
         None, "peak learning rate; 2e-5 for 10 million parameters, by the model's size if none", "paper's code: 1e-5"
@@ -64,7 +64,7 @@ def shadow_logit_N(hidden_ND: Tensor, head: Head, row_D: Tensor, bias: Tensor) -
 @method(
     name="boundary",
     options=BoundaryOptions,
-    paper="Chen et al. 2023, arXiv:2303.11570, §4.2 (boundary expanding)",
+    paper="Chen et al. 2023, arXiv:2303.11570, boundary expanding",
     formula="−log p(extra class | f) over V+1 classes; the extra class is cut off afterwards",
 )
 def boundary(context: Context, options: BoundaryOptions) -> Outcome:

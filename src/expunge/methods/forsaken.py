@@ -62,7 +62,7 @@ def mean_prediction(model: nn.Module, adapter: Adapter, samples: Sequence[Sample
 @method(
     name="forsaken",
     options=ForsakenOptions,
-    paper="Liu et al. 2022, arXiv:2003.10933, §4 (neuron masking)",
+    paper="Liu et al. 2022, arXiv:2003.10933, neuron masking",
     formula="KL(q ‖ p_θ)(f) + λ · NLL(r) · ‖θ − θ_o‖₁, q the mean prediction on never-seen samples",
     wants=frozenset({"retain", "unseen"}),
 )

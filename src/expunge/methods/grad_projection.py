@@ -38,7 +38,7 @@ class GradProjectionOptions(TrainOptions):
     epochs: float = option(20.0, "passes over the forget set", "ours; paper's code: up to 100, stopped by validation")
     batch_size: int = option(8, "forget samples in one step", "ours: as the loss families; paper's code: 128")
     optimizer: str = option("sgd", "adamw, muon or sgd (momentum 0.9)", "paper: SGD", ("adamw", "muon", "sgd"))
-    learning_rate: float | None = option(0.03, "peak learning rate", "ours; paper's code: from 0.1 down to 0.01")
+    learning_rate: float | None = option(0.04, "peak learning rate", "ours; paper's code: from 0.1 down to 0.01")
     warmup: float = option(0.0, "share of the steps with rising learning rate", "paper's code: none")
     variance: float = option(
         0.99,
@@ -122,7 +122,7 @@ def scrub_C(logits_CV: Tensor, targets_C: Tensor, offset: float, entropy: float)
 @method(
     name="grad-projection",
     options=GradProjectionOptions,
-    paper="Hoang et al. 2024 (PGU), arXiv:2312.04095, §3",
+    paper="Hoang et al. 2024 (PGU), arXiv:2312.04095",
     formula="−log(1 + δ − p_θ(y))(f) − λ·H(p_θ)(f), every step times I − M Mᵀ, M the retain inputs' main directions",
     needs=frozenset({"retain"}),
     changes="some",

@@ -24,7 +24,7 @@ from expunge.methods.scope import Masks, selector
 from expunge.options import Ranges, check_ranges, option
 
 PAPER = "Tian et al. 2024 (KnowUnDo), arXiv:2407.01920"
-MU = (0.92, "largest cosine between the two gradients of a region", "paper §4 and code: 0.92")
+MU = (0.92, "largest cosine between the two gradients of a region", "paper and code: 0.92")
 SIGMA = (
     None,
     "smallest mean size of the forget gradient's entries in a region; the median of all regions if none",
@@ -138,7 +138,7 @@ def region_masks(context: Context, mu: float, sigma: float | None, copies: int) 
     return {n: torch.ones_like(g, dtype=torch.bool) for n, g in forget.items() if n in regions}
 
 
-@selector(name="memflex", options=RegionOptions, paper=f"{PAPER}, §4")
+@selector(name="memflex", options=RegionOptions, paper=f"{PAPER}")
 def select(context: Context, options: RegionOptions) -> Masks:
     """Whole matrices where the forget gradient is large and points elsewhere than the retain gradient."""
     return region_masks(context, options.mu, options.sigma, options.copies)
@@ -147,7 +147,7 @@ def select(context: Context, options: RegionOptions) -> Masks:
 @method(
     name="memflex",
     options=MemflexOptions,
-    paper=f"{PAPER}, §4",
+    paper=f"{PAPER}",
     formula="−NLL(f) + α·NLL(r); only matrices with cos(∇f, ∇r) < μ and mean |∇f| ≥ σ move",
     needs=frozenset({"retain"}),
     changes="some",

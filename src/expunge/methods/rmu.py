@@ -37,16 +37,16 @@ class SteeringOptions(TrainOptions):
     """What both variants of RMU have."""
 
     epochs: float = option(10.0, "passes over the forget set", "OpenUnlearning on TOFU: 10; the paper: 150 batches")
-    batch_size: int = option(4, "forget samples in one step", "paper §4.3: 4")
-    retain_batch: int = option(4, "retain samples in one step", "paper §4.3: 4")
+    batch_size: int = option(4, "forget samples in one step", "paper: 4")
+    retain_batch: int = option(4, "retain samples in one step", "paper: 4")
     learning_rate: float | None = option(None, "peak learning rate; the paper's 5e-5 at 7B, raised for small models")
     schedule: str = option("constant", "shape after warm-up", "paper: none", choices=("cosine", "linear", "constant"))
     warmup: float = option(0.0, "share of the steps with rising learning rate", "paper: none")
     layer: int | None = option(
-        None, "block whose output is steered, counted from 0; at the paper's depth (7 of 32) if none", "paper §4.3: 7"
+        None, "block whose output is steered, counted from 0; at the paper's depth (7 of 32) if none", "paper: 7"
     )
-    layers: int = option(3, "blocks that may move: the steered one and those just before it", "paper §4.3: 3")
-    alpha: float = option(1200.0, "weight of the retain term", "paper §4.3, Zephyr-7B: 1200")
+    layers: int = option(3, "blocks that may move: the steered one and those just before it", "paper: 3")
+    alpha: float = option(1200.0, "weight of the retain term", "paper, Zephyr-7B: 1200")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,9 +64,9 @@ RANGES: Ranges = (
 class RmuOptions(SteeringOptions):
     """RMU. Where the retain texts resemble the forget texts, as here, the paper's α = 1200 and c = 6.5 move nothing."""
 
-    alpha: float = option(1.0, "weight of the retain term", "OpenUnlearning on TOFU: 1; paper §4.3: 1200")
+    alpha: float = option(1.0, "weight of the retain term", "OpenUnlearning on TOFU: 1; paper: 1200")
     coefficient: float = option(
-        2.0, "length c of the vector that forget states are pushed to", "OpenUnlearning on TOFU: 2; paper §4.3: 6.5"
+        2.0, "length c of the vector that forget states are pushed to", "OpenUnlearning on TOFU: 2; paper: 6.5"
     )
 
 
@@ -129,7 +129,7 @@ def distance_B(states_BTD: Tensor, target_BTD: Tensor, real_BT: Tensor) -> Tenso
 
 
 def random_direction(width: int, seed: int) -> Tensor:
-    """The unit vector u (D,): entries drawn uniformly from [0, 1), then normalised (paper §4.1)."""
+    """The unit vector u (D,): entries drawn uniformly from [0, 1), then normalised."""
     drawn_D = torch.rand(width, generator=torch.Generator().manual_seed(seed))
     unit_D: Tensor = drawn_D / drawn_D.norm()
     return unit_D
@@ -234,7 +234,7 @@ def padded(by_id: Mapping[str, Tensor], samples: Sequence[Sample], places: int) 
 @method(
     name="rmu",
     options=RmuOptions,
-    paper="Li et al. 2024 (WMDP), arXiv:2403.03218, §4.2 and Algorithm 1",
+    paper="Li et al. 2024 (WMDP), arXiv:2403.03218, RMU",
     formula="E_f ‖h_ℓ − c·u‖² + α · E_r ‖h_ℓ − h_ℓ,o‖²",
     wants=frozenset({"retain"}),
     changes="some",

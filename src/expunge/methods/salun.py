@@ -12,7 +12,7 @@ from expunge.methods.scope import Masks, selector, top_share
 from expunge.options import check_ranges, option
 
 PAPER = "Fan et al. 2024, arXiv:2310.12508"
-SHARE_SOURCE = "paper §4.1: the median of the gradient is the threshold, so half of the weights"
+SHARE_SOURCE = "paper §4: the median of the gradient is the threshold, so half of the weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class SalunOptions(FamilyOptions):
     """The method: a loss family, and the share."""
 
     share: float = option(0.5, "share of the weights that may move", SHARE_SOURCE)
-    alpha: float = option(1.0, "weight of the retain term", "paper eq. 5: its α; released code: 1")
+    alpha: float = option(1.0, "weight of the retain term", "its α; released code: 1")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,12 +38,12 @@ class SalunOptions(FamilyOptions):
 
 
 def saliency_masks(context: Context, share: float) -> Masks:
-    """True at the ``share`` of all trainable weights with the largest |∂NLL(f)/∂θ| at the original (paper eq. 3)."""
+    """True at the ``share`` of all trainable weights with the largest |∂NLL(f)/∂θ| at the original."""
     gradients = mean_gradient(context.model, context.adapter, context.forget)
     return top_share({name: gradient.abs() for name, gradient in gradients.items()}, share)
 
 
-@selector(name="salun", options=SaliencyOptions, paper=f"{PAPER}, eq. 3")
+@selector(name="salun", options=SaliencyOptions, paper=f"{PAPER}, §4")
 def select(context: Context, options: SaliencyOptions) -> Masks:
     """Single weights with the largest gradient of the forget loss."""
     return saliency_masks(context, options.share)
@@ -52,7 +52,7 @@ def select(context: Context, options: SaliencyOptions) -> Masks:
 @method(
     name="salun",
     options=SalunOptions,
-    paper=f"{PAPER}, eq. 3-5",
+    paper=f"{PAPER}, §4",
     formula="−log p_θ(y′)(f) + α·NLL(r), y′ ≠ y drawn once; only weights with |∇NLL(f)| in the top share move",
     wants=frozenset({"retain"}),
     changes="some",

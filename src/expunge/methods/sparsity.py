@@ -19,15 +19,15 @@ from expunge.training.terms import Term, nll_N
 class SparsityOptions(TrainOptions):
     """Plain SGD as in the paper: Adam would move every weight alike, however weak the pull."""
 
-    epochs: float = option(10.0, "passes over the retain set", "paper §5.1: 10")
+    epochs: float = option(10.0, "passes over the retain set", "paper: 10")
     batch_size: int = option(16, "retain samples in one step", "ours")
-    optimizer: str = option("sgd", "adamw, muon or sgd (momentum 0.9)", "paper §5.1: SGD", ("adamw", "muon", "sgd"))
+    optimizer: str = option("sgd", "adamw, muon or sgd (momentum 0.9)", "paper: SGD", ("adamw", "muon", "sgd"))
     learning_rate: float | None = option(
         0.1, "peak learning rate", "ours, for SGD on small models; paper: 0.001 to 0.1"
     )
-    gamma: float = option(5e-4, "weight γ of ‖θ‖₁ at the beginning", "paper §5.1: 5e-4")
+    gamma: float = option(5e-4, "weight γ of ‖θ‖₁ at the beginning", "paper: 5e-4")
     decay: str = option(
-        "linear", "how γ goes on: linear to 0, constant, or growing from 0", "paper §4: linear is best",
+        "linear", "how γ goes on: linear to 0, constant, or growing from 0", "paper: falling is best",
         ("linear", "constant", "growing"),
     )  # fmt: skip
 
@@ -40,7 +40,7 @@ RANGES: Ranges = ((("gamma",), "0 or more", lambda v: 0 <= v < math.inf),)
 
 
 def pull(options: SparsityOptions, step: int, steps: int) -> float:
-    """γ at a step, counted from 0 (paper eq. 4: γ_t)."""
+    """γ at a step, counted from 0 (the γ_t of the paper)."""
     share = {"linear": 1 - step / steps, "constant": 1.0, "growing": (step + 1) / steps}[options.decay]
     return options.gamma * share
 
@@ -48,7 +48,7 @@ def pull(options: SparsityOptions, step: int, steps: int) -> float:
 @method(
     name="sparsity",
     options=SparsityOptions,
-    paper="Jia et al. 2023, arXiv:2304.04934, eq. 4",
+    paper="Jia et al. 2023, arXiv:2304.04934, ℓ1-sparse MU",
     formula="NLL(r) + γ_t ‖θ‖₁, γ_t falling to 0",
     needs=frozenset({"retain"}),
 )

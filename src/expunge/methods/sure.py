@@ -34,10 +34,10 @@ class SureOptions(PreferenceOptions):
 
     share: float = option(0.1, "share of the neurons that may move", SHARE_SOURCE)
     objective: str = option(
-        "npo", "forget term: npo, or graddiff for gradient ascent", "paper §6: both", ("npo", "graddiff")
+        "npo", "forget term: npo, or graddiff for gradient ascent", "paper: both", ("npo", "graddiff")
     )
     learning_rate: float | None = option(
-        None, "peak learning rate; 5e-5 at 7B, raised for small models, if none", "paper §7.1: 5 to 20 times the usual"
+        None, "peak learning rate; 5e-5 at 7B, raised for small models, if none", "paper: 5 to 20 times the usual"
     )
     schedule: str = option(
         "constant", "shape after warm-up", "paper's code: constant", ("cosine", "linear", "constant")
