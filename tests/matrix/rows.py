@@ -106,7 +106,7 @@ TABLE: dict[str, Row] = {
         keeps=True,
         of={
             "resnet": {"learning_rate": 8e-3, "random": 0.0},  # of three classes, another one is no distraction
-            "vit": {"learning_rate": 3e-4, "random": 0.0, "largest": 4.0},
+            "vit": {"learning_rate": 3e-4, "random": 0.0, "preserving": 0.2, "largest": 4.0},
         },
     ),
     "scrub": Row(
