@@ -42,7 +42,9 @@ def test_unlikelihood_is_minus_log_one_minus_p_and_exact_at_certainty() -> None:
     values = unlikelihood_C(z, y)
     p = log_softmax(z.detach().double(), 1).exp()[:, 0]
     assert float(values[0].detach()) == pytest.approx(-math.log(1 - float(p[0].detach())), rel=1e-6)
-    assert float(values[1].detach()) == pytest.approx(60 - math.log(1 + math.exp(-3)), rel=1e-6), "1 − p is 0 in float32"
+    assert float(values[1].detach()) == pytest.approx(60 - math.log(1 + math.exp(-3)), rel=1e-6), (
+        "1 − p is 0 in float32"
+    )
     values.sum().backward()
     assert z.grad is not None
     torch.testing.assert_close(z.grad[:, 0].double(), p, rtol=1e-5, atol=0)  # d/dz_y = p: it fades
