@@ -54,7 +54,7 @@ def command(
         typer.Option("--zone", help="Keep the samples in a removable zone over the frozen model: store, ridge, ..."),
     ] = None,
     set_: Set = None,
-    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, muon or sgd.")] = "adamw",
+    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, muon, sgd or sophia.")] = "adamw",
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     learning_rate: LearningRate = None,
