@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from expunge.data.pictures import MOST_PIXELS, on_white, read_picture
 from expunge.data.samples import Sample
 from expunge.errors import UserError
 
@@ -24,14 +26,15 @@ BILINEAR, BICUBIC = 2, 3  # Pillow's numbers, which configurations use
 class Preprocess:
     """Shortest side to ``edge`` and centre crop when ``edge`` is set, otherwise straight to (height, width).
 
-    An image of the right size and no ``edge`` is left as it is, bit for bit. ``raw`` is the configuration that this
-    was read from; it is written back unchanged.
+    An image of the right size and no ``edge`` is left as it is, bit for bit. Without ``resize`` another size is
+    refused. ``raw`` is the configuration that this was read from; it is written back unchanged.
     """
 
     height: int
     width: int
     channels: int = 3
     edge: int | None = None
+    resize: bool = True
     resample: int = BILINEAR
     mean: tuple[float, ...] = (0.5,)
     std: tuple[float, ...] = (0.5,)
@@ -62,7 +65,8 @@ class Preprocess:
             height, width = _sides(given, size)
             if crop is not None and crop is not given and _sides(crop, size) != (height, width):
                 raise UserError("preprocessor_config.json crops after a fixed resize, which is not supported.")
-        if config.get("do_resize") is False and edge is None:
+        resize = config.get("do_resize") is not False or edge is not None
+        if not resize:
             height, width = _sides(given, size)
         scale = float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0
         plain = config.get("do_normalize", True) is False
@@ -71,6 +75,7 @@ class Preprocess:
             width=width,
             channels=channels,
             edge=edge,
+            resize=resize,
             resample=int(config.get("resample", BILINEAR)),
             mean=(0.0,) if plain else _constants(config.get("image_mean", 0.5)),
             std=(1.0,) if plain else _constants(config.get("image_std", 0.5)),
@@ -84,7 +89,7 @@ class Preprocess:
             return dict(self.raw)
         out: dict[str, Any] = {
             "image_processor_type": "CLIPImageProcessor" if self.edge else "ViTImageProcessor",
-            "do_resize": True,
+            "do_resize": self.resize,
             "size": {"shortest_edge": self.edge} if self.edge else {"height": self.height, "width": self.width},
             "resample": self.resample,
             "do_rescale": True,
@@ -101,15 +106,21 @@ class Preprocess:
         """The sample's image, resized: (H, W, C) uint8.
 
         Raises:
-            UserError: no image, a file that cannot be read, or an array that is not (H, W[, C]) uint8.
+            UserError: no image, a file that cannot be read (see :func:`read_picture`), an array that is not
+                (H, W[, C]) uint8, another size where nothing is resized, or a strip too long to be resized.
         """
         from PIL import Image
 
         array = _array(sample)
         mode = "L" if self.channels == 1 else "RGB"
-        same_mode = array.shape[2] == self.channels
-        if same_mode and self.edge is None and array.shape[:2] == (self.height, self.width):
+        right_size = self.edge is None and array.shape[:2] == (self.height, self.width)
+        if right_size and array.shape[2] == self.channels:
             return array
+        if not (right_size or self.resize):
+            raise UserError(
+                f"the image of sample '{sample.id}' is {array.shape[0]} x {array.shape[1]}, and this model reads "
+                f"{self.height} x {self.width} without resizing: give data of the size that it was trained on."
+            )
         flat = array[:, :, 0] if array.shape[2] == 1 else array
         image = Image.fromarray(np.ascontiguousarray(flat)).convert(mode)
         if self.edge is None:
@@ -117,6 +128,11 @@ class Preprocess:
         else:
             short = min(image.size)
             sides = [self.edge if s == short else int(self.edge * s / short) for s in image.size]
+            if sides[0] * sides[1] > MOST_PIXELS:
+                raise UserError(
+                    f"the image of sample '{sample.id}' is a strip of {image.size[0]} x {image.size[1]}, which would "
+                    f"grow to {sides[0]} x {sides[1]}: cut it."
+                )
             image = image.resize((sides[0], sides[1]), resample=self.resample)
             left, top = (sides[0] - self.width) // 2, (sides[1] - self.height) // 2
             image = image.crop((left, top, left + self.width, top + self.height))
@@ -148,29 +164,17 @@ def _constants(value: Any) -> tuple[float, ...]:
 
 
 def _array(sample: Sample) -> np.ndarray:
-    from PIL import Image, UnidentifiedImageError
-
     image = sample.image
     if image is None:
         raise UserError(
             f"sample '{sample.id}' has no image: an image model needs one, as a file or an (H, W, C) array."
         )
-    if isinstance(image, np.ndarray):
-        array = image[:, :, None] if image.ndim == 2 else image
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
-            raise UserError(
-                f"the image of sample '{sample.id}' is {image.dtype} of shape {image.shape}: allowed is uint8 of shape "
-                "(H, W), or (H, W, C) with 1, 3 or 4 channels."
-            )
-        return array
-    try:
-        with Image.open(image) as opened:
-            mode = opened.mode if opened.mode in ("L", "RGB") else "RGB"
-            read = np.asarray(opened.convert(mode))
-    except FileNotFoundError as error:
-        raise UserError(f"the image '{image}' of sample '{sample.id}' does not exist: check the path.") from error
-    except (UnidentifiedImageError, OSError) as error:
+    if not isinstance(image, np.ndarray):
+        return read_picture(Path(image), f"'{image}' of sample '{sample.id}'")
+    array = image[:, :, None] if image.ndim == 2 else image
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3, 4) or 0 in array.shape:
         raise UserError(
-            f"'{image}' of sample '{sample.id}' is no readable image: convert it to PNG or JPEG."
-        ) from error
-    return read[:, :, None] if read.ndim == 2 else read
+            f"the image of sample '{sample.id}' is {image.dtype} of shape {image.shape}: allowed is uint8 of shape "
+            "(H, W), or (H, W, C) with 1, 3 or 4 channels."
+        )
+    return on_white(array) if array.shape[2] == 4 else array
