@@ -23,6 +23,7 @@ TOKENIZER_FILES = (
     "tekken.json", "added_tokens.json", "tokenizer_config.json",
 )  # fmt: skip
 LLAVA_TYPES = ("llava",)
+MLP_TYPE = "expunge_mlp"  # our own, see models/mlp.py
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,8 @@ def modality_of(config: Mapping[str, Any], path: Path) -> Modality:
     built = str((config.get("architectures") or [""])[0])
     if kind in LLAVA_TYPES:
         return "multimodal"
+    if kind == MLP_TYPE:
+        return "classifier"
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     if kind not in CONFIG_MAPPING_NAMES:

@@ -153,6 +153,7 @@ def _weights(folder: ModelFolder, dtype: torch.dtype | None) -> nn.Module:
         ResNetConfig,
     )
 
+    from expunge.models import mlp  # noqa: F401 - makes its model type known to transformers
     from expunge.models.small_resnet import SmallResNetForImageClassification
 
     builder: Any = {

@@ -5,11 +5,12 @@ They train in seconds to minutes on two CPU cores, and are ordinary Hugging Face
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from transformers import (
     LlamaConfig,
@@ -28,7 +29,7 @@ from expunge.models.small_resnet import SmallResNetForImageClassification
 from expunge.models.text import TextAdapter
 
 BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
-Arch = Literal["resnet", "vit"]
+Arch = Literal["resnet", "vit", "mlp"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,73 +132,122 @@ def init_text(samples: Sequence[Sample], preset: str = "tiny", seed: int = 0) ->
 
 def init_classifier(
     num_classes: int,
-    image_size: int = 32,
+    image_size: int | tuple[int, int] = 32,
     channels: int = 3,
     arch: Arch = "resnet",
     seed: int = 0,
     *,
     mean: Sequence[float] = (0.5,),
     std: Sequence[float] = (0.5,),
+    hidden_sizes: Sequence[int] = (128, 64),
 ) -> Loaded:
     """An untrained image classifier of 50,000 to 80,000 parameters; images are resized to ``image_size`` squared.
 
-    ``mean`` and ``std`` are of pixels scaled to [0, 1]: one number, or one per channel.
+    ``mean`` and ``std`` are of pixels scaled to [0, 1]: one number, or one per channel. ``mlp`` is for feature vectors,
+    which are pictures of one row, ``image_size`` (1, D): nothing is resized, and ``hidden_sizes`` are its layers.
 
     Raises:
-        UserError: fewer than 2 classes, an unknown architecture, channels other than 1 and 3, or a size below 8.
+        UserError: fewer than 2 classes, an unknown architecture, channels other than 1 and 3, or a size below 8 (which
+            ``mlp`` takes).
     """
-    if num_classes < 2 or channels not in (1, 3) or image_size < 8:
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    least = 1 if arch == "mlp" else 8
+    if num_classes < 2 or channels not in (1, 3) or min(height, width) < least:
         raise UserError(
-            f"a classifier of {num_classes} classes on {image_size} px images of {channels} channels: allowed are 2 "
-            "classes or more, 8 px or more, 1 or 3 channels."
+            f"a classifier of {num_classes} classes on {height} x {width} px images of {channels} channels: allowed "
+            f"are 2 classes or more, {least} px or more, 1 or 3 channels."
         )
     if any(len(c) not in (1, channels) for c in (mean, std)) or min(std) <= 0:
         raise UserError(f"mean {tuple(mean)} and std {tuple(std)}: give 1 or {channels} numbers, std above 0.")
-    model: Any
+    if arch not in get_args(Arch):
+        raise unknown("architecture", arch, get_args(Arch))
     with seeded(seed):
-        if arch == "resnet":
-            config = ResNetConfig(
-                num_channels=channels,
-                embedding_size=16,
-                hidden_sizes=[16, 32, 64],
-                depths=[1, 1, 1],
-                layer_type="basic",
-                num_labels=num_classes,
-                small_stem=True,
-                image_size=image_size,
-            )
-            model = SmallResNetForImageClassification(config)
-        elif arch == "vit":
-            from transformers import ViTConfig, ViTForImageClassification
-
-            patch = next(p for p in (4, 7, 5, 3, 2, 1) if image_size % p == 0)
-            model = ViTForImageClassification(
-                ViTConfig(
-                    hidden_size=48,
-                    num_hidden_layers=3,
-                    num_attention_heads=4,
-                    intermediate_size=96,
-                    image_size=image_size,
-                    patch_size=patch,
-                    num_channels=channels,
-                    num_labels=num_classes,
-                    hidden_dropout_prob=0.0,
-                    attention_probs_dropout_prob=0.0,
-                )
-            )
-        else:
-            raise unknown("architecture", arch, ["resnet", "vit"])
+        model = _BUILDERS[arch](num_classes, height, width, channels, hidden_sizes)
     model.eval()
     # One number per channel is what every reader of the file understands.
     preprocess = Preprocess(
-        height=image_size,
-        width=image_size,
+        height=height,
+        width=width,
         channels=channels,
+        resize=arch != "mlp",
         mean=tuple(mean) * (channels // len(mean)),
         std=tuple(std) * (channels // len(std)),
     )
     adapter = ClassifierAdapter(preprocess=preprocess, num_classes=num_classes).bind(model)
     return Loaded(model, adapter, f"init:{arch}:{seed}")
+
+
+def _resnet(classes: int, height: int, width: int, channels: int, _: Sequence[int]) -> Any:
+    config = ResNetConfig(
+        num_channels=channels,
+        embedding_size=16,
+        hidden_sizes=[16, 32, 64],
+        depths=[1, 1, 1],
+        layer_type="basic",
+        num_labels=classes,
+        small_stem=True,
+        image_size=height if height == width else [height, width],
+    )
+    return SmallResNetForImageClassification(config)
+
+
+def _vit(classes: int, height: int, width: int, channels: int, _: Sequence[int]) -> Any:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=96,
+        image_size=height if height == width else (height, width),
+        patch_size=next(p for p in (4, 7, 5, 3, 2, 1) if height % p == 0 and width % p == 0),
+        num_channels=channels,
+        num_labels=classes,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return ViTForImageClassification(config)
+
+
+def _mlp(classes: int, height: int, width: int, channels: int, hidden_sizes: Sequence[int]) -> Any:
+    from expunge.models.mlp import MlpConfig, MlpForImageClassification
+
+    config = MlpConfig(
+        num_channels=channels, image_size=[height, width], hidden_sizes=list(hidden_sizes), num_labels=classes
+    )
+    return MlpForImageClassification(config)
+
+
+_BUILDERS: dict[str, Callable[[int, int, int, int, Sequence[int]], Any]] = {
+    "resnet": _resnet,
+    "vit": _vit,
+    "mlp": _mlp,
+}
+
+
+def classifier_for(samples: Sequence[Sample], arch: Arch | None = None, seed: int = 0) -> Loaded:
+    """An untrained classifier that fits the samples: classes from the highest label, size and channels of the images.
+
+    Files and images of unequal sizes get 32 pixels in colour. ``arch`` is by default ``mlp`` for feature vectors (one
+    row, one channel; they are read as 0 to 1) and ``resnet`` for pictures. Give the samples of all roles, or a label
+    that only one of them has is none of the model's.
+
+    Raises:
+        UserError: no samples, a target that is no class number, or what :func:`init_classifier` finds wrong.
+    """
+    wrong = next((s for s in samples if not isinstance(s.target, int)), None)
+    if wrong is not None or not samples:
+        given = "none were given" if wrong is None else f"'{wrong.id}' has the target {wrong.target!r}"
+        raise UserError(f"a classifier is built for samples whose targets are class numbers, and {given}.")
+    classes = 1 + max(int(s.target) for s in samples)
+    shapes = {s.image.shape if isinstance(s.image, np.ndarray) else () for s in samples}
+    shape = shapes.pop() if len(shapes) == 1 else ()
+    if not shape:
+        return init_classifier(classes, 32, 3, arch or "resnet", seed)
+    channels = 1 if len(shape) == 2 or shape[2] == 1 else 3
+    if shape[0] == 1 and channels == 1:
+        return init_classifier(classes, (1, shape[1]), 1, arch or "mlp", seed, mean=(0.0,), std=(1.0,))
+    return init_classifier(classes, (shape[0], shape[1]), channels, arch or "resnet", seed)
 
 
 def init_llava(samples: Sequence[Sample], seed: int = 0, *, image_size: int = 32) -> Loaded:
