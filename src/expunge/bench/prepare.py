@@ -148,7 +148,8 @@ def initialised(dataset: Dataset, preset: str, seed: int) -> Loaded:
 
     known = [s for role in ("utility", "retain") for s in dataset[role]]
     if dataset.modality == "classifier":
-        classes = 1 + max(int(s.target) for s in dataset.private)
+        # Of every role: people in holdout are classes that no model is trained on.
+        classes = 1 + max(int(s.target) for samples in dataset.roles.values() for s in samples)
         return init_classifier(classes, seed=seed)
     if dataset.modality == "multimodal":
         return init_llava(known, seed)
