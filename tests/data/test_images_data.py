@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ import pytest
 from conftest import shared
 from expunge.data.fashion_mnist import CLASSES
 from expunge.data.idx import read_idx
+from expunge.data.image_roles import ImageSizes, image_dataset
+from expunge.data.pool import Pool, pool_of
 from expunge.data.registry import load_dataset
 from expunge.data.samples import Dataset
 from expunge.errors import UserError
@@ -60,7 +63,7 @@ def test_forgetting_a_class() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"private": 1790}, "has 1797 different images"),
+        ({"private": 1790}, "has 1797 images, and private [+] holdout [+] utility ask for 1860"),
         ({"private": 0}, "private = 0: give 1 or more"),
         ({"forget_class": 10}, "forget_class = 10: give 0 to 9"),
         ({"class_share": 0}, "above 0 and up to 1"),
@@ -134,3 +137,94 @@ def test_the_published_fashion_files() -> None:
     assert CLASSES[labels[0]] == "Ankle boot"  # the first test image
     data = load_dataset("fashion-mnist", data_dir=folder, options={**SMALL, "part": "t10k"})
     assert len(data["holdout"]) == 50 and disjoint(data)
+
+
+def test_only_the_places_asked_for(tmp_path: Path) -> None:
+    images = write_fashion(tmp_path)
+    (tmp_path / "plain").write_bytes(idx(images))
+    for name in ("train-images-idx3-ubyte.gz", "plain"):
+        assert (read_idx(tmp_path / name, 3, [0, 7, 299]) == images[[0, 7, 299]]).all()
+        assert read_idx(tmp_path / name, 3, []).shape == (0, 28, 28)
+    (tmp_path / "plain").write_bytes(idx(images)[:-1])  # cut off far behind what is wanted
+    with pytest.raises(UserError, match="is cut off"):
+        read_idx(tmp_path / "plain", 3, [0])
+    (tmp_path / "more").write_bytes(idx(images) + b"x")
+    with pytest.raises(UserError, match="is cut off"):
+        read_idx(tmp_path / "more", 3)
+    bomb = bytes((0, 0, 8, 3)) + (1 << 31).to_bytes(4, "big") * 3
+    (tmp_path / "bomb.gz").write_bytes(gzip.compress(bomb))
+    with pytest.raises(UserError, match="more than 1 GiB"):
+        read_idx(tmp_path / "bomb.gz", 3, [0])
+
+
+def test_mnist_is_read_like_fashion_and_dotted_names_too(tmp_path: Path) -> None:
+    images = write_fashion(tmp_path)
+    (tmp_path / "train-images-idx3-ubyte.gz").rename(tmp_path / "x.gz")
+    (tmp_path / "train-images.idx3-ubyte").write_bytes(idx(images))
+    data = load_dataset("mnist", data_dir=tmp_path, options=SMALL)
+    for sample in data.private:
+        place = int(sample.id.removeprefix("mnist-"))
+        assert sample.target == place % 10 and (sample.image == images[place]).all()
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.arange(300) % 11))
+    with pytest.raises(UserError, match="picture 10 has the label 10, outside of the 10 classes: allowed are 0 to 9"):
+        load_dataset("mnist", data_dir=tmp_path, options=SMALL)
+    (tmp_path / "train-labels-idx1-ubyte").write_bytes(idx(np.arange(299) % 10))
+    with pytest.raises(UserError, match="has 300 images and 299 labels"):
+        load_dataset("mnist", data_dir=tmp_path, options=SMALL)
+
+
+# -- roles -----------------------------------------------------------------------------------------------------------
+
+
+def noise(number: int, classes: int = 5) -> Pool:
+    images = np.random.default_rng(0).integers(0, 256, (number, 4, 4), dtype=np.uint8)
+    return pool_of(images, np.arange(number) % classes, [f"c{i}" for i in range(classes)], "noise")
+
+
+def test_duplicates_are_taken_once_and_nothing_else_moves() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (300, 4, 4), dtype=np.uint8)
+    images[100:250] = images[0]
+    pool = pool_of(images, np.zeros(300, np.int64), ["one", "two"], "noise")
+    data = image_dataset("x", pool, ImageSizes(private=100, holdout=40, utility=10))
+    assert disjoint(data) and sum(map(len, data.roles.values())) == 150
+    with pytest.raises(UserError, match=r"has 150 different images, and private \+ holdout \+ utility ask for 151"):
+        image_dataset("x", pool, ImageSizes(private=100, holdout=40, utility=11))
+    for more in (ImageSizes(private=100, holdout=41, utility=0), ImageSizes(private=100, holdout=0, utility=3)):
+        assert [s.id for s in image_dataset("x", pool, more)["forget"]] == [s.id for s in data["forget"]]
+
+
+def test_few_are_read_when_few_are_asked() -> None:
+    whole, asked = noise(5000), []
+    pool = replace(whole, read=lambda places: asked.extend(places) or whole.read(places))
+    image_dataset("x", pool, ImageSizes(private=20, holdout=10, utility=5))
+    assert len(asked) <= 35 + 64 and asked == sorted(asked)
+
+
+def test_fractions_and_the_splits_of_iam() -> None:
+    data = image_dataset("x", noise(301), ImageSizes(private=0.5, holdout=0.3, utility=0.2, forget=0.1))
+    assert [len(data[r]) for r in ("forget", "retain", "holdout", "utility")] == [15, 135, 90, 60]
+    cut = image_dataset("x", noise(500), ImageSizes(split="iam", forget=5))
+    assert [len(cut[r]) for r in ("forget", "retain", "holdout", "utility")] == [5, 295, 200, 0]
+    assert cut.notes == ("Cut as IAM does: target set 300, shadow set 200.",) and disjoint(cut)
+    some = image_dataset("location30", noise(4500), ImageSizes(split="iam"))
+    assert (len(some.private), len(some["holdout"])) == (3008, 1000)  # as published
+    fewer = image_dataset("location30", noise(2500), ImageSizes(split="iam"))
+    assert (len(fewer.private), len(fewer["holdout"])) == (1500, 1000)
+    with pytest.raises(UserError, match="has 1999 different images here, and split = iam takes 1000"):
+        image_dataset("location30", noise(1999), ImageSizes(split="iam"))
+
+
+def test_a_class_is_the_subject_of_private_images_alone() -> None:
+    data = image_dataset("x", noise(300), ImageSizes(private=100, holdout=60, utility=0, forget_class=2))
+    assert {s.subject for s in data["retain"]} == {"c0", "c1", "c3", "c4"}
+    assert len({s.subject for s in data["holdout"]}) == 60
+    part = ImageSizes(private=100, holdout=60, utility=0, forget_class=2, class_share=0.3)
+    data = image_dataset("x", noise(300), part)
+    assert not {s.subject for s in data["forget"]} & {s.subject for s in data["retain"]}
+
+
+@pytest.mark.parametrize("labels", [[0, 1, -1], [0, 3, 1]])
+def test_labels_outside_of_the_classes(labels: list[int]) -> None:
+    pool = pool_of(np.zeros((3, 2, 2), np.uint8), np.array(labels), ["a", "b", "c"], "here")
+    with pytest.raises(UserError, match=r"'here': picture [12] has the label -?\d, outside of the 3 classes"):
+        image_dataset("x", pool, ImageSizes(private=1, holdout=1, utility=1))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from expunge.data.image_roles import ImageSizes, image_dataset
+from expunge.data.pool import pool_of
 from expunge.data.registry import dataset
 from expunge.data.samples import Dataset
 
@@ -33,5 +34,4 @@ def load(options: DigitsOptions, *, data_dir: Path | None, seed: int) -> Dataset
 
     found = load_digits()
     images_NHW = np.round(found.images * (255 / 16)).astype(np.uint8)  # ink is counted from 0 to 16
-    made = image_dataset("digits", images_NHW, found.target, CLASSES, options)
-    return replace(made, source="scikit-learn")
+    return image_dataset("digits", pool_of(images_NHW, found.target, CLASSES, "scikit-learn"), options)
