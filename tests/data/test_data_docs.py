@@ -28,7 +28,7 @@ def test_every_dataset_and_option_is_documented() -> None:
             assert f"`{field.name}`" in DOC, f"option {field.name} of {source.name}"
 
 
-@pytest.mark.parametrize("name", ["people", "people-portraits", "tofu"])
+@pytest.mark.parametrize("name", ["people", "people-portraits", "clear", "tofu"])
 def test_defaults_are_the_documented_ones(name: str) -> None:
     section = DOC.split(f"### `{name}`")[1].split("###")[0]
     documented = dict(re.findall(r"^\| `(\w+)` \| (\S+) \|", section, re.MULTILINE))
