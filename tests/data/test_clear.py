@@ -310,7 +310,7 @@ def test_the_same_caption_twice_is_two_images(copy: Path, tmp_path: Path) -> Non
     assert len({s.id for s in data["forget"]}) == 2 * 380
     first = [s for s in data["forget"] if str(s.target).endswith("scene 1000.")]
     one, other = ([p.target for p in sample.probes] for sample in first)
-    assert len(one) == 4 + 5 and sorted(one) == sorted(other) and first[0].image != first[1].image
+    assert len(one) == 1 + 1 + 5 and sorted(one) == sorted(other) and first[0].image != first[1].image
     assert any("forget10 has 380 rows; as published it has 379" in note for note in data.notes)
 
 

@@ -66,4 +66,5 @@ def lit(image_HWC: NDArray[np.uint8], view: View) -> NDArray[np.uint8]:
     gain_HWC = gain + ramp_HW[:, :, None] + np.array([warm, 0, -warm])
     noise_HWC = np.random.Generator(np.random.PCG64(view.grain)).integers(-4, 5, image_HWC.shape)
     out_HWC = image_HWC.astype(np.int64) * gain_HWC // 1000 + noise_HWC
-    return np.clip(out_HWC, 0, 255).astype(np.uint8)
+    final_HWC: NDArray[np.uint8] = np.clip(out_HWC, 0, 255).astype(np.uint8)
+    return final_HWC
