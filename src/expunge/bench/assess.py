@@ -16,6 +16,7 @@ import numpy as np
 
 from expunge.attacks.membership import loss_score, min_k_plus_plus_score, min_k_score, zlib_score
 from expunge.bench.desk import Desk, Floats, items, losses, mean_over, numbers, probs, rouge_of, where
+from expunge.bench.images import images
 from expunge.bench.measuring import Measured
 from expunge.bench.verdicts import sample_rows, verdicts
 from expunge.data.samples import Role
@@ -41,6 +42,7 @@ def assess(desk: Desk) -> list[dict[str, Any]]:
     utility(desk)
     membership(desk)
     distances(desk)
+    images(desk)
     relearning(desk)
     quantization(desk)
     rows = sample_rows(desk)

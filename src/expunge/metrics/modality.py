@@ -84,9 +84,11 @@ def _closed(change: Change, level: float, resamples: int, seed: int) -> Estimate
         return None
     name = "modality-closed/1"
     table_NK = np.stack([change.original_N, change.unlearned_N, change.reference_N], axis=1)
-    kept_N = np.isfinite(table_NK).all(axis=1)
+    kept_N = np.asarray(np.isfinite(table_NK).all(axis=1))
     table_NK = table_NK[kept_N]
-    groups = None if change.groups is None else [g for g, keep in zip(change.groups, kept_N, strict=True) if keep]
+    groups = (
+        None if change.groups is None else [g for g, keep in zip(change.groups, kept_N.tolist(), strict=True) if keep]
+    )
     if not len(table_NK):
         return Estimate(np.nan, definition=name)
     original, unlearned, reference = table_NK.mean(axis=0)

@@ -143,7 +143,7 @@ def u_lira(unlearned: ArrayLike, retrained: ArrayLike, groups: Groups = None, le
     for fit, judge in ((0, 1), (1, 0)):
         inside, outside = _centre_and_spread(first_MN[fit::2]), _centre_and_spread(second_KN[fit::2])
         ratios = [
-            norm.logpdf(asked, *inside) - norm.logpdf(asked, *outside)
+            np.asarray(norm.logpdf(asked, *inside) - norm.logpdf(asked, *outside))
             for asked in (first_MN[judge::2], second_KN[judge::2])
         ]
         parts.append(_share_found(*ratios))
@@ -250,7 +250,7 @@ def points(epsilon_N: Floats, models: int) -> Floats:
     """1 for a privacy loss below 0.5, half for each further 0.5, 0 from ceil(ln(models - 1)) on; nan stays nan."""
     bucket_N = np.floor(epsilon_N / BUCKET)
     last = math.ceil(math.log(models - 1)) / BUCKET
-    return np.where(np.isnan(epsilon_N), np.nan, np.where(bucket_N < last, 0.5**bucket_N, 0.0))
+    return np.asarray(np.where(np.isnan(epsilon_N), np.nan, np.where(bucket_N < last, 0.5**bucket_N, 0.0)))
 
 
 @metric(

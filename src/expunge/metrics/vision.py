@@ -309,7 +309,7 @@ def jensen_shannon(first_NV: ArrayLike, second_NV: ArrayLike) -> Floats:
     middle_NV = (p_NV + q_NV) / 2
     with np.errstate(divide="ignore", invalid="ignore"):
         terms = [np.where(side > 0, side * np.log2(side / middle_NV), 0.0) for side in (p_NV, q_NV)]
-    return np.clip((terms[0] + terms[1]).sum(axis=1) / 2, 0.0, 1.0)
+    return np.asarray(np.clip((terms[0] + terms[1]).sum(axis=1) / 2, 0.0, 1.0))
 
 
 @metric(

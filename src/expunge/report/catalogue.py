@@ -65,6 +65,23 @@ ENTRIES: tuple[Entry, ...] = (
           "sets that must be kept; arXiv 2401.06121, sec. 2.2", "retention", "high"),
     Entry("perplexity", "perplexity", "exp of the mean loss per token over the role's texts", better="low"),
     Entry("accuracy|acc", "accuracy", "share of samples whose most probable class is the true one"),
+    Entry("u_mia", "U-MIA", "balanced accuracy, out of fold, of a support vector machine that tells forget from "
+          "holdout by the confidence; the retrained model's is the target, 0.5 = chance", "privacy", "reference"),
+    Entry(r"mia_efficacy\.attack", "membership attack on retain", "balanced accuracy, out of fold, of the same machine "
+          "on retain against holdout; at 0.5 its efficacy says nothing", "privacy", None),
+    Entry(r"mia_efficacy\.gap", "MIA efficacy gap", "|efficacy − efficacy of the retrained model|", "privacy", "zero"),
+    Entry("mia_efficacy", "MIA efficacy", "share of forget that a support vector machine, fitted on retain against "
+          "holdout, takes for non-members; SalUn, arXiv 2310.12508", "privacy", "reference"),
+    Entry("tow", "tug of war", "product over forget, retain, holdout of 1 − |accuracy − accuracy of the retrained "
+          "model|; RUM, arXiv 2406.01257", "forgetting", "high"),
+    Entry("tow_mia", "tug of war, membership", "tug of war with the MIA efficacy in place of the accuracy on forget",
+          "forgetting", "high"),
+    Entry("average_gap", "average gap", "mean of |own − retrained| over the accuracy on forget, retain, holdout and "
+          "the MIA efficacy; SalUn, arXiv 2310.12508", "forgetting", "zero"),
+    Entry(r"modality\.(?P<x>image|text)\.closed", "gap closed", "share of the way from the original's probability to "
+          "the retrained model's on forget samples asked in this modality", "forgetting", "reference"),
+    Entry(r"modality\.(?P<x>image|text)", "change of probability", "probability after − before unlearning, mean over "
+          "the samples asked in this modality"),
     Entry(r"mia\.(?P<x>[\w+-]+)\.auc", "membership AUC", "area under the ROC curve of the attack's score, forget "
           "against holdout samples; the retrained model's AUC is the target, 0.5 = chance", "privacy", "reference"),
     Entry(r"mia\.(?P<x>[\w+-]+)\.gap", "membership gap", "|AUC − AUC of the retrained model| of the attack",

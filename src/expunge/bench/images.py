@@ -1,0 +1,135 @@
+"""What is measured only where there are pictures: membership and tug of war of classifiers, modality matrix.
+
+Shape suffix: N samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from expunge.bench.desk import Desk, Floats, losses, mean_over, probs
+from expunge.bench.measuring import Measured
+from expunge.data.samples import Role
+from expunge.metrics.modality import Asked, Change, by_modality, modality_matrix
+from expunge.metrics.vision import (
+    Efficacy,
+    average_gap,
+    feature,
+    gap_to_reference,
+    membership_accuracy,
+    mia_efficacy,
+    tug_of_war,
+)
+
+CUTS: tuple[Role, ...] = ("forget", "retain", "holdout")
+
+
+def images(desk: Desk) -> None:
+    """The metrics of classifiers, or the row of the modality matrix; nothing for a model of texts alone."""
+    if desk.own.modality == "classifier":
+        classifier(desk)
+    elif desk.own.modality == "multimodal":
+        crossing(desk)
+
+
+# -- classifiers ---------------------------------------------------------------------------------------------------
+
+
+def classifier(desk: Desk) -> None:
+    """U-MIA and MIA efficacy by SVC on confidences; with references tug of war, its MIA form, and the average gap."""
+    missing = [role for role in CUTS if role not in desk.own.signals]
+    if missing:
+        for name in ("u_mia", "mia_efficacy", "tow", "average_gap"):
+            desk.skipped[name] = f"the dataset has no {' and no '.join(missing)} samples"
+        return
+    level, draws, seed = desk.options.level, desk.options.resamples, desk.seed
+    forget, holdout = (feature(desk.own.signals[role]) for role in ("forget", "holdout"))
+    groups: dict[str, list[str]] = {role: desk.subjects(role) for role in CUTS}
+    desk.metrics["u_mia"] = membership_accuracy(
+        forget, holdout, groups["forget"], groups["holdout"], level=level, resamples=draws, seed=seed
+    )
+    own = efficacy(desk, desk.own)
+    desk.metrics["mia_efficacy.forget"], desk.metrics["mia_efficacy.attack"] = own.efficacy, own.attack
+    if not desk.references:
+        for name in ("mia_efficacy.gap", "tow", "average_gap"):
+            desk.skipped[name] = "no reference model"
+        return
+    outside_N = mean_over([efficacy(desk, r).outside_N for r in desk.references])
+    desk.metrics["mia_efficacy.gap"] = gap_to_reference(
+        own.outside_N, outside_N, groups["forget"], definition="mia_efficacy-svc-confidence-gap/1", level=level
+    )
+    right = hits(desk.own)
+    theirs = {role: mean_over([hits(r)[role] for r in desk.references]) for role in CUTS}
+    desk.metrics["tow"] = tug_of_war(right, theirs, groups, level=level, resamples=draws, seed=seed)
+    if not (np.isfinite(own.outside_N).any() and np.isfinite(outside_N).any()):
+        desk.skipped["tow_mia"] = desk.skipped["average_gap"] = "the membership attack had nothing to go by"
+        return
+    desk.metrics["tow_mia"] = tug_of_war(
+        {**right, "forget": own.outside_N},
+        {**theirs, "forget": outside_N},
+        groups,
+        definition="tow-mia/1",
+        level=level,
+        resamples=draws,
+        seed=seed,
+    )
+    desk.metrics["average_gap"] = average_gap(
+        {**right, "mia": own.outside_N},
+        {**theirs, "mia": outside_N},
+        {**groups, "mia": groups["forget"]},
+        level=level,
+        resamples=draws,
+        seed=seed,
+    )
+
+
+def hits(measured: Measured) -> dict[str, Floats]:
+    """1 where the arg-max is the true class, per role."""
+    return {role: feature(measured.signals[role], "correctness") for role in CUTS}
+
+
+def efficacy(desk: Desk, measured: Measured) -> Efficacy:
+    """MIA efficacy of one model on the desk's samples."""
+    confidence = [feature(measured.signals[role]) for role in CUTS]
+    names = [desk.subjects(role) for role in CUTS]
+    return mia_efficacy(*confidence, *names, level=desk.options.level, resamples=desk.options.resamples, seed=desk.seed)
+
+
+# -- text with images ----------------------------------------------------------------------------------------------
+
+
+def crossing(desk: Desk) -> None:
+    """How the probability of forget and retain answers moved, with a picture and without, and how far to the reference.
+
+    One run is one row of the modality matrix; datasets that ask in one modality alone have none.
+    """
+    asked = {s.image is None for s in desk.own.samples["forget"]}
+    if len(asked) < 2:
+        desk.skipped["modality"] = "all forget samples are asked in one modality"
+        return
+    if desk.original is None:
+        desk.skipped["modality"] = "the original model was not given"
+        return
+    rows: dict[str, Mapping[Asked, Change]] = {}
+    roles: tuple[Role, ...] = ("forget", "retain")
+    for role in roles:
+        if role in desk.own.samples:
+            samples = desk.own.samples[role]
+            before = np.exp(-desk.original.losses(role, [s.id for s in samples]))
+            theirs = mean_over([np.exp(-losses(r.signals[role])) for r in desk.references]) if desk.references else None
+            rows[role] = by_modality(samples, before, probs(desk.own.signals[role]), theirs)
+    cells = modality_matrix(
+        {"run": rows["forget"]},
+        {"run": rows.get("retain", {})},
+        level=desk.options.level,
+        resamples=desk.options.resamples,
+        seed=desk.seed,
+    )
+    for cell in cells:
+        desk.metrics[f"modality.{cell.asked}.forget"] = cell.forget
+        if cell.retain is not None:
+            desk.metrics[f"modality.{cell.asked}.retain"] = cell.retain
+        if cell.closed is not None:
+            desk.metrics[f"modality.{cell.asked}.closed"] = cell.closed
