@@ -92,6 +92,7 @@ def picture(shape: tuple[int, ...], target: Any = 1) -> Sample:
     [
         ([picture((28, 28), 9)] * 2, (28, 28, 1), "SmallResNet"),
         ([picture((32, 32, 3))], (32, 32, 3), "SmallResNet"),
+        ([picture((33, 20, 1))], (32, 32, 3), "SmallResNet"),
         ([picture((9, 12, 4))], (9, 12, 3), "SmallResNet"),
         ([picture((9, 12)), picture((12, 9))], (32, 32, 3), "SmallResNet"),
         ([Sample(id="x", subject="x", target=3, image=Path("a.png"))], (32, 32, 3), "SmallResNet"),

@@ -144,13 +144,12 @@ def check_preset(preset: str | None) -> None:
 
 def initialised(dataset: Dataset, preset: str, seed: int) -> Loaded:
     """A small model of random weights for the dataset's modality; the tokenizer never reads the forget set."""
-    from expunge.models.tiny import init_classifier, init_llava, init_text
+    from expunge.models.tiny import classifier_for, init_llava, init_text
 
     known = [s for role in ("utility", "retain") for s in dataset[role]]
     if dataset.modality == "classifier":
         # Of every role: people in holdout are classes that no model is trained on.
-        classes = 1 + max(int(s.target) for samples in dataset.roles.values() for s in samples)
-        return init_classifier(classes, seed=seed)
+        return classifier_for([s for samples in dataset.roles.values() for s in samples], seed=seed)
     if dataset.modality == "multimodal":
         return init_llava(known, seed)
     return init_text(known, preset, seed)

@@ -155,7 +155,7 @@ def init_classifier(
     if num_classes < 2 or channels not in (1, 3) or min(height, width) < least:
         raise UserError(
             f"a classifier of {num_classes} classes on {height} x {width} px images of {channels} channels: allowed "
-            f"are 2 classes or more, {least} px or more, 1 or 3 channels."
+            f"are 2 classes or more, 1 or 3 channels, and {least} px or more (1 with the architecture mlp)."
         )
     if any(len(c) not in (1, channels) for c in (mean, std)) or min(std) <= 0:
         raise UserError(f"mean {tuple(mean)} and std {tuple(std)}: give 1 or {channels} numbers, std above 0.")
@@ -228,9 +228,9 @@ _BUILDERS: dict[str, Callable[[int, int, int, int, Sequence[int]], Any]] = {
 def classifier_for(samples: Sequence[Sample], arch: Arch | None = None, seed: int = 0) -> Loaded:
     """An untrained classifier that fits the samples: classes from the highest label, size and channels of the images.
 
-    Files and images of unequal sizes get 32 pixels in colour. ``arch`` is by default ``mlp`` for feature vectors (one
-    row, one channel; they are read as 0 to 1) and ``resnet`` for pictures. Give the samples of all roles, or a label
-    that only one of them has is none of the model's.
+    Files, and images of unequal sizes or of more than 32 pixels, get 32 x 32 in colour. ``arch`` is by default ``mlp``
+    for feature vectors (one row, one channel; they are read as 0 to 1) and ``resnet`` for pictures. Give the samples of
+    all roles, or a label that only one of them has is none of the model's.
 
     Raises:
         UserError: no samples, a target that is no class number, or what :func:`init_classifier` finds wrong.
@@ -242,11 +242,11 @@ def classifier_for(samples: Sequence[Sample], arch: Arch | None = None, seed: in
     classes = 1 + max(int(s.target) for s in samples)
     shapes = {s.image.shape if isinstance(s.image, np.ndarray) else () for s in samples}
     shape = shapes.pop() if len(shapes) == 1 else ()
-    if not shape:
-        return init_classifier(classes, 32, 3, arch or "resnet", seed)
-    channels = 1 if len(shape) == 2 or shape[2] == 1 else 3
-    if shape[0] == 1 and channels == 1:
+    channels = 1 if len(shape) == 2 or shape[2:] == (1,) else 3
+    if shape and shape[0] == 1 and channels == 1:
         return init_classifier(classes, (1, shape[1]), 1, arch or "mlp", seed, mean=(0.0,), std=(1.0,))
+    if not shape or max(shape[:2]) > 32:
+        return init_classifier(classes, 32, 3, arch or "resnet", seed)
     return init_classifier(classes, (shape[0], shape[1]), channels, arch or "resnet", seed)
 
 
