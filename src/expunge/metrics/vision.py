@@ -216,8 +216,10 @@ def membership_accuracy(
     label_N = np.repeat([1, 0], sizes)
     subject_N = np.concatenate([in_codes, out_codes + in_codes.max() + 1])
     together = min(len(set(in_codes.tolist())), len(set(out_codes.tolist()))) >= folds
-    kind = StratifiedGroupKFold if together else StratifiedKFold
-    cuts: Any = kind(min(folds, *sizes), shuffle=True, random_state=seed).split(table_NF, label_N, subject_N)
+    splitter: Any = StratifiedGroupKFold if together else StratifiedKFold
+    cuts: Any = splitter(min(folds, *sizes), shuffle=True, random_state=seed).split(
+        table_NF, label_N, subject_N if together else None
+    )
     right_N = np.full(len(label_N), np.nan)
     for train, test in cuts:
         if len(set(label_N[train].tolist())) < 2:
