@@ -26,15 +26,16 @@ from expunge.data.chance import hashed, shuffled
 from expunge.data.registry import load_dataset
 from expunge.data.samples import Dataset, Sample, subjects
 from expunge.errors import UserError, unknown
+from expunge.models.classifier import ClassifierAdapter
 from expunge.models.load import Loaded, load_model
-from expunge.models.tiny import PRESETS, init_classifier, init_text
+from expunge.models.tiny import PRESETS, classifier_for, init_text
 from expunge.options import option
 from expunge.progress import Progress
 from expunge.training.loop import TrainOptions
 
 MOST = 0.8  # of the shadow set, that one shadow is trained on: beyond that all shadows are nearly one model
 POPULATION = 0.25  # of the holdout subjects
-ARCHS = ("resnet", "vit")
+ARCHS = ("resnet", "vit")  # of pictures; vectors of features have mlp
 SIZES: Mapping[str, Mapping[str, Any]] = {  # dataset options where the user gives none
     "classifier": {"private": 400, "forget": 0.25, "holdout": 1200, "utility": 0},
     "people": {"people": 60, "forget": 0.25, "holdout": 240, "utility": 40, "questions": 5},
@@ -66,7 +67,7 @@ class ProtocolOptions:
     batch_size: int = option(32, "samples per step")
     learning_rate: float = option(3e-3, "peak learning rate")
     resamples: int = option(200, "bootstrap draws of targets, groups and subjects")
-    arch: str = option("resnet", "architecture of image classifiers", choices=ARCHS)
+    arch: str = option("resnet", "architecture of classifiers; mlp for vectors of features", choices=(*ARCHS, "mlp"))
 
     def __post_init__(self) -> None:
         least = {"targets": 1, "groups": 1, "shadows": 1, "halves": 0, "points": 2, "resamples": 10}
@@ -323,20 +324,21 @@ class _Starts:
         return self._bases[preset]
 
     def _classifier(self, seed: int, arch: str) -> Start:
-        if arch not in ARCHS:
-            raise unknown("architecture", arch, ARCHS)
-        first = self.dataset.private[0].image
-        assert isinstance(first, np.ndarray)
-        classes = 1 + max(int(s.target) for role in self.dataset.roles.values() for s in role)
-        size, channels = first.shape[0], 1 if first.ndim == 2 else first.shape[2]
+        if arch not in (*ARCHS, "mlp"):
+            raise unknown("architecture", arch, (*ARCHS, "mlp"))
+        everyone = [s for samples in self.dataset.roles.values() for s in samples]
+
+        def build(seed: int = 0) -> Loaded:
+            return classifier_for(everyone, arch, seed)  # type: ignore[arg-type]
+
         if arch not in self._bases:
-            self._bases[arch] = _fixed("", init_classifier(classes, size, channels, arch))  # type: ignore[arg-type]
+            self._bases[arch] = _fixed("", build())
         adapter = self._bases[arch].adapter  # one adapter for all: it keeps the images that it has read
-
-        def make() -> nn.Module:
-            return init_classifier(classes, size, channels, arch, seed).model  # type: ignore[arg-type]
-
-        return Start(f"init:{arch}:{size}:{channels}:{classes}:{seed}", make, adapter)
+        assert isinstance(adapter, ClassifierAdapter)
+        rules = adapter.preprocess
+        size = rules.height if rules.height == rules.width else f"{rules.height}x{rules.width}"
+        key = f"init:{arch}:{size}:{rules.channels}:{adapter.num_classes}:{seed}"
+        return Start(key, lambda: build(seed).model, adapter)
 
 
 def _fixed(key: str, loaded: Loaded) -> Start:
