@@ -61,7 +61,7 @@ def classifier(desk: Desk) -> None:
         own.outside_N, outside_N, groups["forget"], definition="mia_efficacy-svc-confidence-gap/1", level=level
     )
     right = hits(desk.own)
-    theirs = {role: mean_over([hits(r)[role] for r in desk.references]) for role in CUTS}
+    theirs: dict[str, Floats] = {role: mean_over([hits(r)[role] for r in desk.references]) for role in CUTS}
     desk.metrics["tow"] = tug_of_war(right, theirs, groups, level=level, resamples=draws, seed=seed)
     if not (np.isfinite(own.outside_N).any() and np.isfinite(outside_N).any()):
         desk.skipped["tow_mia"] = desk.skipped["average_gap"] = "the membership attack had nothing to go by"

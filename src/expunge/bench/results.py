@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from expunge.bench.evaluate import Evaluation
+from expunge.bench.populations import population_metrics
 from expunge.bench.prepare import Workshop
 from expunge.data.samples import ROLES, Dataset
 from expunge.methods.registry import Method
@@ -192,7 +193,11 @@ def _samples(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def summaries(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Mean over seeds with a Student t interval; over samples (bootstrap) where there is one seed only."""
+    """Mean over seeds with a Student t interval; over samples (bootstrap) where there is one seed only.
+
+    A classifier with enough seeds and references is also judged as a population, over samples.
+    """
+    references = [r for r in rows if r["kind"] == "reference" and r["study"] == "main"]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["study"], row["kind"], row["method"], row.get("position")), []).append(row)
@@ -203,6 +208,8 @@ def summaries(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             found = [m[name] for m in merged if m.get(name) and m[name]["value"] is not None]
             if found:
                 metrics[name] = _over_seeds(name, found)
+        if study == "main":
+            metrics |= population_metrics(group, references)
         cost: dict[str, Any] = {}
         for name in dict.fromkeys(n for r in group for n in r.get("cost", {})):
             values = [r["cost"][name] for r in group if r["cost"].get(name) is not None]

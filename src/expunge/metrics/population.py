@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,6 +23,7 @@ from expunge.stats import LEVEL, Estimate, Groups, bootstrap_mean
 Floats = NDArray[np.float64]
 TINY = 1e-45  # keeps the margin of a probability of exactly 0 or 1 finite, as in the challenge's code
 BINS, EMPTY, CLIP = 20, 1e-5, 100.0  # of KLOM: histogram bins, least mass of the oracle in one, range of margins
+FEW = 16  # fewer models than this cannot say how widely a single sample spreads
 DELTA, CAP, PER_UNIT, BUFFER, BUCKET = 1e-5, 50.0, 100, 2.0, 0.5  # of the challenge score
 SPREAD_FLOOR = 1e-6  # smallest deviation; a constant signal has none, and a density needs one
 
@@ -111,9 +113,13 @@ def klom_floor(oracles: ArrayLike, groups: Groups = None, level: float = LEVEL) 
 # -- U-LiRA and U-MIA ----------------------------------------------------------------------------------------------
 
 
-def _centre_and_spread(values_MN: Floats) -> tuple[Floats, Floats]:
+def _centre_and_spread(values_MN: Floats, pooled: bool) -> tuple[Floats, Floats]:
+    """Median and deviation of each sample over models; ``pooled``: one deviation, the root mean variance."""
     centre_N = np.median(values_MN, axis=0)
-    deviation_N = np.median(np.abs(values_MN - centre_N), axis=0) / norm.ppf(0.75)
+    if pooled:
+        deviation_N = np.full(len(centre_N), math.sqrt(float(values_MN.var(axis=0, ddof=1).mean())))
+    else:
+        deviation_N = np.median(np.abs(values_MN - centre_N), axis=0) / norm.ppf(0.75)
     return centre_N, np.maximum(deviation_N, SPREAD_FLOOR)
 
 
@@ -126,7 +132,7 @@ def _share_found(score_MN: Floats, score_KN: Floats) -> Floats:
 
 @metric(
     name="u_lira",
-    definition="u_lira-2fold/1",
+    definition="u_lira-2fold/1",  # with fewer than 32 models of a kind u_lira-2fold-pooled/1
     formula="balanced accuracy of ln N(margin; unlearned) > ln N(margin; retrained), Gaussians per sample",
     direction="0.5 is best: unlearned and retrained models cannot be told apart; 1: always",
     source="Hayes et al. 2024 (arXiv:2403.01218); median and MAD as in CLEAR (Dontsov et al. 2024)",
@@ -136,19 +142,22 @@ def u_lira(unlearned: ArrayLike, retrained: ArrayLike, groups: Groups = None, le
 
     The Gaussians of each sample are fitted on one half of each population and judge the other half, then the halves
     change places. Both kinds of trace count: a margin that is too high and one that is too low. Published runs take
-    64 models of each kind; below about 8, medians of halves are too coarse and the accuracy leans towards 0.5.
+    64 models of each kind. With fewer than 32, all samples share one deviation per population, as LiRA does with few
+    models: deviations of single samples would lean the accuracy towards 0.5, and so flatter.
     """
     first_MN, second_KN = _populations(unlearned, retrained, 4)
+    pooled = min(len(first_MN), len(second_KN)) < 2 * FEW
     parts = []
     for fit, judge in ((0, 1), (1, 0)):
-        inside, outside = _centre_and_spread(first_MN[fit::2]), _centre_and_spread(second_KN[fit::2])
+        inside, outside = (_centre_and_spread(side[fit::2], pooled) for side in (first_MN, second_KN))
         ratios = [
             np.asarray(norm.logpdf(asked, *inside) - norm.logpdf(asked, *outside))
             for asked in (first_MN[judge::2], second_KN[judge::2])
         ]
         parts.append(_share_found(*ratios))
     values_N = np.mean(parts, axis=0)
-    return PerSample(bootstrap_mean(values_N, groups, level=level, definition="u_lira-2fold/1"), values_N)
+    name = f"u_lira-2fold{'-pooled' if pooled else ''}/1"
+    return PerSample(bootstrap_mean(values_N, groups, level=level, definition=name), values_N)
 
 
 @metric(
@@ -208,10 +217,12 @@ def epsilon_of_rates(fpr_J: Floats, fnr_J: Floats, delta: float = DELTA) -> floa
     return best
 
 
-def _between(sorted_M: Floats, left_J: Floats, right_J: Floats) -> Floats:
-    """Share of the values in [left, right] for each pair; left must not lie above right."""
-    inside = np.searchsorted(sorted_M, right_J, "right") - np.searchsorted(sorted_M, left_J, "left")
-    return np.maximum(inside, 0) / len(sorted_M)
+def _counts(
+    values_M: Floats, start: float, steps: int, step: float, side: Literal["left", "right"]
+) -> NDArray[np.intp]:
+    """How many values lie below (left), or at or below (right), each of ``steps`` points of a grid, (J,)."""
+    grid_J = start + step * np.arange(steps)
+    return np.asarray(np.searchsorted(np.sort(values_M), grid_J, side))
 
 
 def sample_epsilon(unlearned_M: Floats, retrained_K: Floats) -> float:
@@ -226,24 +237,31 @@ def sample_epsilon(unlearned_M: Floats, retrained_K: Floats) -> float:
         return 0.0 if unlearned_M[0] == retrained_K[0] else CAP
     if min(widths) / max(widths) < 0.01:
         return CAP
-    high, low = np.sort(retrained_K), np.sort(unlearned_M)
-    if not np.median(retrained_K) > np.median(unlearned_M):
+    high, low = retrained_K, unlearned_M
+    if not np.median(high) > np.median(low):
         high, low = low, high
-    ends = min(high[0], low[0]), max(high[-1], low[-1])
-    cut_J = np.linspace(*ends, math.ceil((ends[1] - ends[0]) * PER_UNIT))
-    fnr = [np.searchsorted(high, cut_J, "left") / len(high)]
-    fpr = [1 - np.searchsorted(low, cut_J, "left") / len(low)]
+    start, end = float(min(high.min(), low.min())), float(max(high.max(), low.max()))
+    steps = math.ceil((end - start) * PER_UNIT)
+    step = (end - start) / max(steps - 1, 1)
+    missed_J, caught_J = (_counts(side, start, steps, step, "left") for side in (high, low))
+    fpr, fnr = [1 - caught_J / len(low)], [missed_J / len(high)]
+
     narrow, wide = (high, low) if np.ptp(high) < np.ptp(low) else (low, high)
-    width, offsets = float(np.ptp(narrow)), np.linspace(-BUFFER, BUFFER, math.ceil(2 * BUFFER * PER_UNIT))
-    right = np.linspace(
-        narrow[-1] - BUFFER, narrow[-1] + BUFFER, math.ceil((narrow[-1] + BUFFER - (narrow[-1] - BUFFER)) * PER_UNIT)
-    )
-    left_J = (right[:, None] - width + offsets[None, :]).ravel()
-    right_J = np.repeat(right, len(offsets))
-    fnr.append(1 - _between(narrow, left_J, right_J))
-    fpr.append(_between(wide, left_J, right_J))
-    found = epsilon_of_rates(np.concatenate(fpr), np.concatenate(fnr))
-    return min(found, CAP)
+    ends = round(2 * BUFFER * PER_UNIT)
+    step = 2 * BUFFER / (ends - 1)
+    right_at, left_at = float(narrow.max()) - BUFFER, float(narrow.min()) - 2 * BUFFER
+    # Both ends move on one grid step, so the left end of rule (i, j) stands at place i + j of one longer grid.
+    place_J = np.arange(ends)[:, None] + np.arange(ends)[None, :]
+    seen = np.zeros((len(wide) + 1, len(narrow) + 1), dtype=bool)
+    inside = []
+    for side in (wide, narrow):
+        below_right = _counts(side, right_at, ends, step, "right")[:, None]
+        inside.append(np.maximum(below_right - _counts(side, left_at, 2 * ends - 1, step, "left")[place_J], 0))
+    seen[inside[0], inside[1]] = True
+    in_wide, in_narrow = np.nonzero(seen)  # rules with the same errors count once
+    fpr.append(in_wide / len(wide))
+    fnr.append(1 - in_narrow / len(narrow))
+    return min(epsilon_of_rates(np.concatenate(fpr), np.concatenate(fnr)), CAP)
 
 
 def points(epsilon_N: Floats, models: int) -> Floats:

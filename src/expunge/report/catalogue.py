@@ -72,6 +72,17 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(r"mia_efficacy\.gap", "MIA efficacy gap", "|efficacy − efficacy of the retrained model|", "privacy", "zero"),
     Entry("mia_efficacy", "MIA efficacy", "share of forget that a support vector machine, fitted on retain against "
           "holdout, takes for non-members; SalUn, arXiv 2310.12508", "privacy", "reference"),
+    Entry("klom", "KLOM", "mean over forget samples of KL(margins of the method's models ‖ of the retrained models), "
+          "20 bins, nats; read beside its floor; arXiv 2410.23232", "forgetting", "zero"),
+    Entry(r"klom\.floor", "floor of KLOM", "KLOM between two halves of the retrained models", "forgetting", None),
+    Entry("u_lira", "U-LiRA", "balanced accuracy of a likelihood-ratio attack per sample that tells the method's "
+          "models from retrained ones; 0.5 = cannot; arXiv 2403.01218", "privacy", "low"),
+    Entry("u_mia_population", "U-MIA over models", "the same with one decision tree for all samples; 0.5 = cannot",
+          "privacy", "low"),
+    Entry("neurips_forget", "challenge forget score", "mean over forget samples of 2^−⌊2ε⌋, ε from the errors of "
+          "threshold attacks; NeurIPS 2023 challenge, arXiv 2406.09073", "forgetting", "high"),
+    Entry("neurips_score", "challenge score", "forget score × retain accuracy / retrained's × holdout accuracy / "
+          "retrained's; NeurIPS 2023 challenge", "forgetting", "high"),
     Entry("tow", "tug of war", "product over forget, retain, holdout of 1 − |accuracy − accuracy of the retrained "
           "model|; RUM, arXiv 2406.01257", "forgetting", "high"),
     Entry("tow_mia", "tug of war, membership", "tug of war with the MIA efficacy in place of the accuracy on forget",
