@@ -195,6 +195,7 @@ def unlearn_model(
     """
     progress = progress or Progress(event=run.event)
     loaded = load_model(model, **request.training, lora=request.lora_options(), seed=request.seed)
+    entry.whole()[0].check_modality(loaded.adapter.modality)
     if base is not None:
         start = load_model(base, **request.training)
         shop = Workshop(run.folder / "work", Loaded(start.model, loaded.adapter, base), options, progress)

@@ -99,11 +99,7 @@ class Method:
         for need in sorted(self.needs):
             if not getattr(context, need):
                 raise UserError(f"method '{self.name}' needs {WORDS[need]}.")
-        if context.adapter.modality not in self.modalities:
-            raise UserError(
-                f"method '{self.name}' works on {', '.join(sorted(self.modalities))}, "
-                f"not on a {context.adapter.modality} model."
-            )
+        self.check_modality(context.adapter.modality)
         if context.scope is not None and self.changes in ("beside", "new", "memory"):
             raise UserError(f"method '{self.name}' moves none of the model's weights: leave --scope out.")
         outcome: Outcome | None = None
@@ -116,6 +112,13 @@ class Method:
         if context.helpers.record:
             outcome.record["helpers"] = [dict(entry) for entry in context.helpers.record]
         return outcome
+
+    def check_modality(self, modality: Modality) -> None:
+        """Raises UserError when the method is not for such models; asked before anything is measured."""
+        if modality not in self.modalities:
+            raise UserError(
+                f"method '{self.name}' works on {', '.join(sorted(self.modalities))}, not on a {modality} model."
+            )
 
     @contextmanager
     def _scoped(self, context: Context) -> Iterator[list[str]]:
