@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import math
-import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -14,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expunge.data.hub import local_file
+from expunge.data.packed import opened
 from expunge.data.pool import Pool
 from expunge.errors import UserError
 
@@ -28,7 +26,7 @@ def read_idx(path: Path, dimensions: int, places: Sequence[int] | None = None) -
     Raises:
         UserError: no IDX file of unsigned bytes with that many dimensions, or it is cut off.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         shape = _shape(file, path, dimensions)
         start, size, row = file.tell(), math.prod(shape), math.prod(shape[1:])
         if places is None:
@@ -44,15 +42,6 @@ def read_idx(path: Path, dimensions: int, places: Sequence[int] | None = None) -
         if len(raw) != math.prod(shape) or file.tell() != start + size or file.read(1):
             raise UserError(f"'{path}' does not hold the {size} values that it says: it is cut off, fetch it again.")
     return np.frombuffer(raw, dtype=np.uint8).reshape(shape)
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            yield file
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"'{path}' cannot be read ({error}): fetch it again.") from error
 
 
 def _shape(file: IO[bytes], path: Path, dimensions: int) -> tuple[int, ...]:
@@ -83,7 +72,7 @@ def idx_pool(data_dir: Path | None, part: str, dataset: str, classes: Sequence[s
         dotted = f"{part}-{kind}.idx{dimensions}-ubyte"  # as some unpackers call it
         files.append(local_file(data_dir, (f"{name}.gz", name, dotted), dataset))
     images, labels_N = files[0], read_idx(files[1], 1)
-    with _opened(images) as file:
+    with opened(images) as file:
         number = _shape(file, images, 3)[0]
     if number != len(labels_N):
         raise UserError(f"'{data_dir}' has {number} images and {len(labels_N)} labels: fetch the files again.")

@@ -126,11 +126,11 @@ def _labels(labels: NpzArray) -> NDArray[np.int64]:
     if given.ndim == 2 and given.shape[1] > 1:
         if not (np.isin(given, (0, 1)).all() and (given.sum(axis=1) == 1).all()):
             raise UserError(f"'{labels.path}': '{labels.name}' is a table, but not of one 1 per row: give numbers.")
-        return given.argmax(axis=1).astype(np.int64)
+        return np.asarray(given.argmax(axis=1), dtype=np.int64)
     flat = given.reshape(-1)
     if flat.dtype.kind not in "iufb" or not np.isfinite(flat).all() or (flat != np.round(flat)).any():
         raise UserError(f"'{labels.path}': '{labels.name}' holds {flat.dtype}: labels are whole numbers from 0 on.")
-    return flat.astype(np.int64)
+    return np.asarray(flat, dtype=np.int64)
 
 
 @contextmanager

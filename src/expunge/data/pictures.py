@@ -32,7 +32,7 @@ def read_picture(source: Path | bytes, called: str) -> NDArray[np.uint8]:
     Raises:
         UserError: no such file, no picture, cut off, more than 67 million pixels, or floating-point pixels.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if isinstance(source, Path) and not source.is_file():  # also a pipe, which would be waited for
         raise UserError(f"the image {called} does not exist: check the path.")
@@ -51,7 +51,7 @@ def read_picture(source: Path | bytes, called: str) -> NDArray[np.uint8]:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UserError(too_large) from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise UserError(
             f"{called} is no readable image: give a picture of one of the kinds {', '.join(FORMATS)}."
         ) from error

@@ -7,19 +7,17 @@ Shape suffixes: N records, D features.
 
 from __future__ import annotations
 
-import gzip
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from expunge.data.image_roles import ImageSizes, image_dataset
 from expunge.data.npz import npz_pair
+from expunge.data.packed import opened
 from expunge.data.pool import Pool
 from expunge.data.registry import Loader, dataset
 from expunge.data.samples import Dataset
@@ -146,7 +144,7 @@ class TextRows:
     def __init__(self, path: Path, *, label_first: bool) -> None:
         self.path, self.label_first = path, label_first
         starts, labels = [], []
-        with _opened(path) as file:
+        with opened(path) as file:
             at = 0
             for number, line in enumerate(file):
                 head = _whole(line.split(b",", 1)[0])
@@ -165,7 +163,7 @@ class TextRows:
     def read(self, places: Sequence[int]) -> list[NDArray[Any]]:
         """The features at ascending ``places``, (D,) each."""
         out = []
-        with _opened(self.path) as file:
+        with opened(self.path) as file:
             for place in places:
                 file.seek(self.starts[place])
                 line = file.readline().strip()
@@ -189,12 +187,3 @@ def _features(text: bytes, path: Path, place: int) -> NDArray[np.float64] | NDAr
         return np.array([float(cell) for cell in text.split(b",")])
     except ValueError as error:
         raise UserError(f"'{path}': record {place} has a cell that is no number: fetch it again.") from error
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            yield file
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"'{path}' cannot be read ({error}): fetch it again.") from error
