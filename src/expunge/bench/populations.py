@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from expunge.metrics.population import (
+    BINS,
     Floats,
     klom,
     klom_floor,
@@ -23,12 +24,13 @@ from expunge.metrics.population import (
 from expunge.stats import Estimate
 
 LEAST = 4  # models of each kind: two to fit on and two to judge
+ENOUGH = BINS  # for histograms and error rates: with fewer, two halves of one population look like strangers
 KINDS = ("original", "identity", "method")
 Row = Mapping[str, Any]
 
 
 def population_metrics(group: Sequence[Row], references: Sequence[Row]) -> dict[str, Any]:
-    """KLOM and its floor, U-LiRA, U-MIA and the challenge's scores, as records; empty with too few models.
+    """U-LiRA and U-MIA from 4 models of each kind on; from 20 on KLOM with its floor, and the challenge's scores.
 
     ``group``: the rows of one method, one per seed; ``references``: those of the retrained models. Samples that any
     model has no loss of are left out. Only where each sample has one target, since the metrics are those of classes.
@@ -42,17 +44,18 @@ def population_metrics(group: Sequence[Row], references: Sequence[Row]) -> dict[
     own_MN, theirs_KN = (_margins(side, ids) for side in (own, theirs))
     subjects = {s["id"]: str(s["subject"]) for s in group[0]["samples"]}
     groups = [subjects[i] for i in ids]
-    forget = neurips_forget(own_MN, theirs_KN, groups).estimate
     found = {
-        "klom": klom(own_MN, theirs_KN, groups).estimate,
-        "klom.floor": klom_floor(theirs_KN, groups).estimate,
         "u_lira": u_lira(own_MN, theirs_KN, groups).estimate,
         "u_mia_population": u_mia_population(own_MN, theirs_KN, groups).estimate,
-        "neurips_forget": forget,
     }
-    rates = [_accuracy(rows, role) for role in ("retain", "holdout") for rows in (group, references)]
-    if all(rate is not None and rate > 0 for rate in (rates[1], rates[3])) and None not in rates:
-        found["neurips_score"] = neurips_score(forget, *(float(rate or 0.0) for rate in rates))
+    if min(len(group), len(references)) >= ENOUGH:
+        found["klom"] = klom(own_MN, theirs_KN, groups).estimate
+        found["klom.floor"] = klom_floor(theirs_KN, groups).estimate
+        found["neurips_forget"] = neurips_forget(own_MN, theirs_KN, groups).estimate
+        rates = [_accuracy(rows, role) for role in ("retain", "holdout") for rows in (group, references)]
+        known = [rate for rate in rates if rate is not None]
+        if len(known) == len(rates) and min(known[1::2]) > 0:
+            found["neurips_score"] = neurips_score(found["neurips_forget"], *known)
     return {name: {**_noted(value, group, references).record(), "seeds": len(group)} for name, value in found.items()}
 
 

@@ -28,7 +28,8 @@ STUDIES = ("main", "matched", "sequential", "size")
 CURVE_POINTS = 120
 SCHEMA = "expunge.results/1"
 SHARES = re.compile(  # metrics that lie in [0, 1]
-    r"(^|\.)(prob|accuracy|extraction_strength|rouge_l|kfr|kfr_fluent|krr|ls|auc|ks_distance|verdict)(\.|$)"
+    r"(^|\.)(prob|accuracy|extraction_strength|rouge_l|kfr|kfr_fluent|krr|ls|auc|ks_distance|verdict|u_mia|mia_efficacy"
+    r"|tow|tow_mia|average_gap)(\.|$)"
     r"|^tv\.(forget|floor)$"
 )
 KINDS = ("base", "original", "reference", "identity", "random-edit", "method")
