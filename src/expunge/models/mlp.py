@@ -1,4 +1,7 @@
-"""Fully connected classifier, for feature vectors: to the rest of the house, pictures of one row of pixels."""
+"""Fully connected classifier, for feature vectors: to the rest of the house, pictures of one row of pixels.
+
+Shape suffixes: B samples, T places (one), D width, V classes.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,8 @@ class MlpBlock(nn.Module):
         self.dense = nn.Linear(inputs, outputs)
         self.act = ACT2FN[act]
 
-    def forward(self, hidden_BD: Tensor) -> Tensor:
-        out: Tensor = self.act(self.dense(hidden_BD))
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        out: Tensor = self.act(self.dense(hidden_BTD))
         return out
 
 
@@ -63,10 +66,10 @@ class MlpForImageClassification(PreTrainedModel):  # type: ignore[misc]
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any
     ) -> ImageClassifierOutputWithNoAttention:
-        hidden_BD = pixel_values.flatten(1)
+        hidden_BTD = pixel_values.flatten(1)[:, None]  # one place, as methods that read blocks expect places
         for block in self.blocks:
-            hidden_BD = block(hidden_BD)
-        logits_BV = self.classifier(hidden_BD)
+            hidden_BTD = block(hidden_BTD)
+        logits_BV = self.classifier(hidden_BTD[:, 0])
         loss = None if labels is None else nn.functional.cross_entropy(logits_BV, labels)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits_BV)
 
