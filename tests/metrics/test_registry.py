@@ -12,7 +12,8 @@ from expunge.metrics.registry import all_metrics, get_metric, metric
 
 EXPECTED = {
     "average_gap", "clear_forget", "clear_forget_quality", "clear_js_published", "clear_real", "clear_retain",
-    "exact_memorization", "extraction_strength", "face_centroid", "face_recognition", "forget_quality", "kfr", "kfr_star", "krr", "linguistic_score",
+    "exact_memorization", "extraction_strength", "face_centroid", "face_recognition",
+    "forget_quality", "kfr", "kfr_star", "krr", "linguistic_score",
     "klom", "mia", "mia_efficacy", "modality_matrix", "model_utility", "neurips_forget", "neurips_score", "privleak",
     "prob", "rouge", "rouge_with_image", "tow", "truth_ratio", "tv", "u_lira", "u_mia", "u_mia_population", "zrf",
 }  # fmt: skip

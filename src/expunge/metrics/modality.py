@@ -126,8 +126,9 @@ def modality_matrix(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> list[Cell]:
-    """One cell for each forgotten modality ("text", "image", "both") and each asked one, row by row.
+    """What forgetting in one modality changes in the other: one cell per forgotten and asked modality, row by row.
 
+    Keys of ``forget`` and ``retain``: what each run forgot ("text", "image", "both").
     Off the diagonal stands what crosses over: a person forgotten in text who is still named from a picture. A change
     says nothing of what a question of another kind would bring up.
 

@@ -170,7 +170,7 @@ def u_lira(unlearned: ArrayLike, retrained: ArrayLike, groups: Groups = None, le
 def u_mia_population(
     unlearned: ArrayLike, retrained: ArrayLike, groups: Groups = None, level: float = LEVEL, seed: int = 0
 ) -> PerSample:
-    """The weaker attack beside :func:`u_lira`: one rule for all samples, fitted on half of the models.
+    """The weaker attack beside U-LiRA: one rule for all samples, fitted on half of the models.
 
     What it misses and U-LiRA sees is hidden by the differences between samples: averages over a forget set flatter.
     """

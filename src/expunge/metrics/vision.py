@@ -143,7 +143,10 @@ def average_gap(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
-    """Mean distance from the retrained model over what SalUn reports; arguments as :func:`tug_of_war`."""
+    """Mean distance from the retrained model over what SalUn reports: three accuracies and the MIA efficacy.
+
+    Arguments as :func:`tug_of_war`, with the per-sample decisions of the MIA as a fourth role.
+    """
     gaps_T, draws_RT, num, several = _gaps(own, reference, groups, resamples, seed)
     bounds = percentile_interval(draws_RT.mean(axis=1), level) if several else (np.nan, np.nan)
     return Estimate(float(gaps_T.mean()), *bounds, num, "average_gap/1")
@@ -195,8 +198,9 @@ def membership_accuracy(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Estimate:
-    """How often a learner tells the two sides apart by (N,) or (N, F) numbers of one model, cross-validated.
+    """How often a learner tells members from non-members by numbers of one model, cross-validated.
 
+    ``members``, ``others``: (N,) or (N, F) each, usually the confidence on forget and on holdout.
     Subjects stay together in a fold where both sides have enough of them. A confidence on forget that is too low is
     learnt as well as one that is too high, so both kinds of trace show above 0.5. Failure of one learner is no proof.
 
