@@ -173,6 +173,7 @@ def test_parquet_that_is_none(tmp_path: Path) -> None:
         ('{"image": "b.png", "label": 0}', "the image 'b.png' does not exist"),
         ('{"image": 3, "label": 0}', "the image '3' does not exist"),
         ('{"image": "a.png", "label": 0}\n{"image": "a.png", "label": "cat"}', "has the label 0 beside others"),
+        ('{"image": "a.png", "label": 99999999999999999999}', "is no class"),
         ('{"image": "a.png", "label": true}', "has the label True"),
         ('{"image": "a.png", "label": 1.5}', "has the label 1.5"),
     ],

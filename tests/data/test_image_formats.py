@@ -272,6 +272,7 @@ GOOD = {"images": np.zeros((3, 4, 4), np.uint8), "labels": np.arange(3)}
         ({"labels": np.array(["a", "b", "c"])}, "labels are whole numbers"),
         ({"labels": np.array([0.5, 1, 2])}, "labels are whole numbers"),
         ({"labels": np.array([0, np.nan, 2])}, "labels are whole numbers"),
+        ({"labels": np.array([0, 1, 1 << 40])}, "the label 1099511627776 is no class"),
         ({"labels": np.ones((3, 3))}, "not of one 1 per row"),
         ({"labels": np.array([{}, 1, 2], object)}, "holds Python objects, which only a pickle can"),
         ({"images": np.zeros((3, 4, 4))}, "is float64 of shape"),

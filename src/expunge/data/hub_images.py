@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expunge.data.pictures import MOST_BYTES, read_picture
-from expunge.data.pool import Held, Pool, class_names
+from expunge.data.pool import MOST_CLASSES, Held, Pool, class_names
 from expunge.errors import UserError, unknown
 
 IMAGES = ("image", "img", "file_name", "path")
@@ -154,12 +154,12 @@ def _classes(given: Sequence[Any], source: str) -> tuple[Sequence[str], NDArray[
     if not given:
         raise UserError(f"'{source}' is empty: put at least one picture into it.")
     if all(isinstance(label, int) and not isinstance(label, bool) for label in given):
-        if max(map(abs, given)) > 1 << 24:
+        if max(map(abs, given)) >= MOST_CLASSES:  # also what no int64 can hold
             raise UserError(f"'{source}': the label {max(given, key=abs)} is no class: number them from 0 on.")
         labels_N = np.array(given, dtype=np.int64)
         return class_names(labels_N), labels_N
-    wrong = next((label for label in given if not isinstance(label, str)), None)
-    if wrong is not None or not all(isinstance(label, str) for label in given):
+    if not all(isinstance(label, str) for label in given):
+        wrong = next(label for label in given if not isinstance(label, str))
         raise UserError(f"'{source}' has the label {wrong!r} beside others: give whole numbers throughout, or names.")
     names = sorted(set(given))
     numbers = {name: number for number, name in enumerate(names)}

@@ -122,14 +122,17 @@ def _array(path: Path, names: Sequence[str], kinds: Sequence[str], part: str) ->
 def _labels(labels: NpzArray) -> NDArray[np.int64]:
     if len(labels.shape) > 2 or math.prod(labels.shape) > MOST_PIXELS:
         raise UserError(f"'{labels.path}': '{labels.name}' has the shape {labels.shape}: give one number per row.")
+    wrong = f"'{labels.path}': '{labels.name}' holds {labels.dtype}: labels are whole numbers from 0 on."
+    if labels.dtype.kind not in "iufb":
+        raise UserError(wrong)
     given = labels.whole()
     if given.ndim == 2 and given.shape[1] > 1:
         if not (np.isin(given, (0, 1)).all() and (given.sum(axis=1) == 1).all()):
             raise UserError(f"'{labels.path}': '{labels.name}' is a table, but not of one 1 per row: give numbers.")
         return np.asarray(given.argmax(axis=1), dtype=np.int64)
     flat = given.reshape(-1)
-    if flat.dtype.kind not in "iufb" or not np.isfinite(flat).all() or (flat != np.round(flat)).any():
-        raise UserError(f"'{labels.path}': '{labels.name}' holds {flat.dtype}: labels are whole numbers from 0 on.")
+    if not np.isfinite(flat).all() or (flat != np.round(flat)).any():
+        raise UserError(wrong)
     return np.asarray(flat, dtype=np.int64)
 
 

@@ -18,6 +18,7 @@ from expunge.data.samples import Image
 from expunge.errors import UserError
 
 MOST_HELD = 1 << 31  # bytes of decoded pictures that are kept in memory
+MOST_CLASSES = 1 << 20
 MARGIN = 64  # looked at beyond what is wanted, as some may be duplicates
 
 
@@ -83,7 +84,13 @@ def pool_of(images_N: Sequence[Image], labels_N: NDArray[np.integer], classes: S
 
 
 def class_names(labels_N: NDArray[np.int64]) -> tuple[str, ...]:
-    """Names for classes that have none: one for each number up to the highest label."""
+    """Names for classes that have none: one for each number up to the highest label.
+
+    Raises:
+        UserError: a label of a million or more, which numbers no class.
+    """
+    if labels_N.max(initial=0) >= MOST_CLASSES:
+        raise UserError(f"the label {labels_N.max()} is no class: number the classes from 0 on.")
     return tuple(f"class {number}" for number in range(1 + int(labels_N.max(initial=0))))
 
 
