@@ -19,6 +19,7 @@ from expunge.completeness.protocols.tables import BINARY, Cell, Outcome, lines
 from expunge.completeness.protocols.world import ARCHS, Group, Halves, Target, World
 from expunge.completeness.readings import Form
 from expunge.data.chance import shuffled
+from expunge.data.pictures import read_picture
 from expunge.data.samples import Sample, subjects
 from expunge.errors import UserError
 
@@ -185,15 +186,20 @@ def architectures(world: World) -> Outcome:
 # -- another distribution ------------------------------------------------------------------------------------------
 
 SHIFT: dict[Form, str] = {
-    "classifier": "Shifted images are transposed, and their contrast is halved.",
+    "classifier": "Shifted images are transposed (features reversed), and their contrast is halved.",
     "text": "Shifted texts ask in other words and answer in other words, where the dataset has such probes.",
 }
 
 
 def shifted(sample: Sample) -> Sample:
-    """The sample in another distribution: transposed image of half the contrast, or question and answer reworded."""
-    if isinstance(sample.image, np.ndarray):
-        turned = np.swapaxes(sample.image, 0, 1).astype(np.float64)
+    """The sample in another distribution: an image transposed (features reversed) with half the contrast, or question
+    and answer reworded.
+    """
+    if sample.image is not None:
+        given = sample.image
+        array = given if isinstance(given, np.ndarray) else read_picture(given, f"'{given}'")
+        # Features are one row of pixels, and a model for them takes no other shape.
+        turned = (array[:, ::-1] if len(array) == 1 else np.swapaxes(array, 0, 1)).astype(np.float64)
         return replace(sample, image=np.ascontiguousarray(np.round(turned / 2 + 64).astype(np.uint8)))
     asked, answered = sample.probes_of("paraphrase"), sample.probes_of("restated")
     if not asked and not answered:
