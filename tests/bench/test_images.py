@@ -12,8 +12,10 @@ from torch import nn
 from expunge.bench.evaluate import Evaluation, References, evaluate
 from expunge.bench.measuring import EvaluateOptions
 from expunge.data.samples import Dataset, Sample
-from expunge.metrics.vision import feature, mia_efficacy
+from expunge.methods.retrain import from_scratch
+from expunge.metrics.vision import feature, mia_efficacy, zero_retrain_forgetting
 from expunge.models.adapter import Adapter
+from expunge.signals.distribution import class_probabilities
 from expunge.signals.forward import collect
 from expunge.training.loop import TrainOptions, fit
 from matrix.worlds import World, world
@@ -51,7 +53,7 @@ def test_the_retrained_model_is_at_its_own_place(seen: tuple[World, Dataset, Ref
     here, data, references, gold = seen
     found = judged(gold, here.adapter, data, references).metrics
     assert found["tow"].value == found["tow_mia"].value == 1.0
-    assert found["average_gap"].value == found["mia_efficacy.gap"].value == 0.0
+    assert found["average_gap"].value == found["mia_efficacy.gap"].value == found["zrf.gap"].value == 0.0
     assert found["u_mia"].n == len(here.forget) + len(here.unseen)
 
 
@@ -63,6 +65,13 @@ def test_the_original_is_away_from_it(seen: tuple[World, Dataset, References, nn
     expected = np.prod([1 - abs(accuracy[role] - theirs[role]) for role in accuracy])
     assert found["tow"].value == pytest.approx(expected) and found["tow"].value < 0.7
     assert found["average_gap"].low > 0
+    forget = list(data["forget"])
+    teacher = from_scratch(gold, 0)
+    said = [class_probabilities(m, here.adapter, forget) for m in (here.original, teacher)]
+    assert found["zrf.forget"].value == pytest.approx(zero_retrain_forgetting(*said).value)
+    assert found["zrf.gap"].value > 0
+    untaught = judged(teacher, here.adapter, data, references).metrics
+    assert untaught["zrf.forget"].value == 1.0 and untaught["zrf.gap"].low > 0
     sides = [feature(collect(here.original, here.adapter, list(data[r]))) for r in ("forget", "retain", "holdout")]  # type: ignore[index]
     assert found["mia_efficacy.forget"].value == mia_efficacy(*sides).efficacy.value
 

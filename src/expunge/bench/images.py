@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from expunge.bench.desk import Desk, Floats, losses, mean_over, probs
+from expunge.bench.desk import Desk, Floats, losses, mean_over, numbers, probs
 from expunge.bench.measuring import Measured
 from expunge.data.samples import Role
 from expunge.metrics.modality import Asked, Change, by_modality, modality_matrix
@@ -39,6 +39,7 @@ def images(desk: Desk) -> None:
 
 def classifier(desk: Desk) -> None:
     """U-MIA and MIA efficacy by SVC on confidences; with references tug of war, its MIA form, and the average gap."""
+    randomness(desk)
     missing = [role for role in CUTS if role not in desk.own.signals]
     if missing:
         for name in ("u_mia", "mia_efficacy", "tow", "average_gap"):
@@ -83,6 +84,20 @@ def classifier(desk: Desk) -> None:
         resamples=draws,
         seed=seed,
     )
+
+
+def randomness(desk: Desk) -> None:
+    """Zero retrain forgetting, and how far it is from the references'."""
+    ids = [s.id for s in desk.own.samples["forget"]]
+    if not desk.own.randomness:
+        return
+    own_N = numbers(desk.own.randomness, ids)
+    desk.metrics["zrf.forget"] = desk.mean(own_N, desk.subjects("forget"), "zrf-bits/1")
+    if desk.references:
+        theirs_N = mean_over([numbers(r.randomness, ids) for r in desk.references])
+        desk.metrics["zrf.gap"] = gap_to_reference(
+            own_N, theirs_N, desk.subjects("forget"), definition="zrf-bits-gap/1", level=desk.options.level
+        )
 
 
 def hits(measured: Measured) -> dict[str, Floats]:

@@ -18,12 +18,14 @@ from expunge.attacks.quantization import quantized
 from expunge.attacks.relearning import relearn, split
 from expunge.data.samples import ROLES, Dataset, Modality, Role, Sample
 from expunge.errors import UserError
+from expunge.methods.retrain import from_scratch
 from expunge.metrics.tofu import wanted
+from expunge.metrics.vision import jensen_shannon
 from expunge.models.adapter import Adapter, Batch, Head, Positions
 from expunge.models.snapshot import TokenDistributions, snapshot
 from expunge.options import option
 from expunge.progress import Progress
-from expunge.signals.distribution import total_variation
+from expunge.signals.distribution import class_probabilities, total_variation
 from expunge.signals.forward import collect
 from expunge.signals.record import Signals
 
@@ -98,6 +100,7 @@ class Measured:
     probes: dict[Role, list[Signals]] = field(default_factory=dict)
     generated: dict[Role, dict[str, str]] = field(default_factory=dict)  # sample id -> answer
     perplexity: dict[str, float] = field(default_factory=dict)  # of the forget answers, under the model itself
+    randomness: dict[str, float] = field(default_factory=dict)  # 1 - JS to random weights, by forget sample id
     relearned: list[Signals] = field(default_factory=list)  # of the forget samples that were not learnt again
     quantized: Pass | None = None
     quantized_signals: dict[Role, list[Signals]] = field(default_factory=dict)
@@ -179,6 +182,7 @@ def take(
             signals[role] = collect(model, adapter, own, max_tokens=tokens)
     found = Measured(dataset.modality, samples, signals, forget)
     _probes(found, model, adapter, options)
+    _randomness(found, model, adapter)
     _generations(found, model, adapter, options, progress)
     _relearning(found, model, adapter, options, progress)
     _quantization(found, model, adapter, options, stores)
@@ -274,6 +278,20 @@ def _probes(found: Measured, model: nn.Module, adapter: Adapter, options: Evalua
         texts = [t for t in wanted(own) if t.id not in {s.id for s in own}]
         if texts:
             found.probes[role] = collect(model, adapter, texts, max_tokens=options.max_tokens)
+
+
+def _randomness(found: Measured, model: nn.Module, adapter: Adapter) -> None:
+    """How close a classifier is to random weights on forget: the same weights for every model."""
+    if found.modality != "classifier":
+        return
+    try:
+        teacher = from_scratch(model, SPLIT_SEED)
+    except (AttributeError, TypeError):
+        found.skipped["zrf"] = "the model cannot be built anew from its configuration"
+        return
+    samples = found.samples["forget"]
+    said = [class_probabilities(m, adapter, samples) for m in (model, teacher)]
+    found.randomness = {s.id: float(1 - js) for s, js in zip(samples, jensen_shannon(*said), strict=True)}
 
 
 def _generations(

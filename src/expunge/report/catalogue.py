@@ -72,6 +72,9 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(r"mia_efficacy\.gap", "MIA efficacy gap", "|efficacy − efficacy of the retrained model|", "privacy", "zero"),
     Entry("mia_efficacy", "MIA efficacy", "share of forget that a support vector machine, fitted on retain against "
           "holdout, takes for non-members; SalUn, arXiv 2310.12508", "privacy", "reference"),
+    Entry("zrf", "zero retrain forgetting", "1 − mean JS between the model and random weights on forget, in bits; "
+          "arXiv 2205.08096; the retrained model's is the target", "forgetting", "reference"),
+    Entry(r"zrf\.gap", "gap of zero retrain forgetting", "|own − that of the retrained model|", "forgetting", "zero"),
     Entry("klom", "KLOM", "mean over forget samples of KL(margins of the method's models ‖ of the retrained models), "
           "20 bins, nats; read beside its floor; arXiv 2410.23232", "forgetting", "zero"),
     Entry(r"klom\.floor", "floor of KLOM", "KLOM between two halves of the retrained models", "forgetting", None),

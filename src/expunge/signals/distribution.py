@@ -57,6 +57,17 @@ def total_variation(
     return found
 
 
+def class_probabilities(model: nn.Module, adapter: Adapter, samples: Sequence[Sample]) -> NDArray[np.float64]:
+    """What a classifier says of each sample, (N, V), in the order given."""
+    found: dict[int, NDArray[np.float64]] = {}
+    with evaluating(model):
+        for places in adapter.batches(samples):
+            seen = adapter.positions(model, [samples[i] for i in places])
+            rows = seen.per_token(lambda logits_CV, _: logits_CV.float().softmax(1)).double().cpu().numpy()
+            found.update(zip(places, rows, strict=True))
+    return np.stack([found[i] for i in range(len(samples))])
+
+
 def tv_per_token(
     model: nn.Module, adapter: Adapter, samples: Sequence[Sample], store: TokenDistributions, *, max_tokens: int = 4096
 ) -> list[Floats]:

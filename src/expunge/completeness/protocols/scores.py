@@ -24,7 +24,7 @@ from expunge.completeness.simple import emia_population, emia_reference, update_
 from expunge.completeness.unleak import Learner, UnLeak
 from expunge.data.samples import Sample
 from expunge.errors import UserError
-from expunge.models.adapter import evaluating
+from expunge.signals.distribution import class_probabilities
 
 OFFSET = 0.3  # RMIA's a where no two shadows are there to tune it on
 
@@ -40,14 +40,7 @@ def losses(checkpoint: Checkpoint, samples: Sequence[Sample], unit: str = "token
 
 def posteriors(checkpoint: Checkpoint, samples: Sequence[Sample]) -> Floats:
     """Class probabilities of a classifier, (N, V), in the order given."""
-    adapter = checkpoint.adapter
-    out: dict[int, Floats] = {}
-    with evaluating(checkpoint.model) as model:
-        for places in adapter.batches(samples):
-            seen = adapter.positions(model, [samples[i] for i in places])
-            rows = seen.per_token(lambda logits_CV, _: logits_CV.float().softmax(1)).double().numpy()
-            out.update(zip(places, rows, strict=True))
-    return np.stack([out[i] for i in range(len(samples))])
+    return class_probabilities(checkpoint.model, checkpoint.adapter, samples)
 
 
 @dataclass(frozen=True, eq=False)
