@@ -39,14 +39,14 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("readme")
     (sample,) = (json.loads(body) for language, body in BLOCKS if language == "json")
-    for role, count in (("forget", 4), ("retain", 8), ("holdout", 6)):
+    for role, count in (("forget", 4), ("retain", 8), ("holdout", 6), ("public", 16)):
         rows = [
             {**sample, "id": f"{role}-{i}", "subject": f"{role} {i}", "prompt": f"Where does {role} {i} live?"}
             for i in range(count)
         ]
         (folder / f"{role}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = load_files(forget=folder / "forget.jsonl", retain=folder / "retain.jsonl")
-    for seed, name in enumerate(("my-model", "unlearned", "retrained-1", "retrained-2")):
+    for seed, name in enumerate(("my-model", "unlearned", "retrained-1", "retrained-2", "base")):
         torch.manual_seed(seed)
         save_model(init_text(data.private, "tiny-test", seed=seed), folder / name)
     (table,) = (body for language, body in BLOCKS if language == "csv")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from expunge.cli.leaderboard_page import command
+from expunge.cli.leaderboard_page import command_line
 from expunge.cli.method_page import filled
 from expunge.cli.paper_page import COMMON, generated
 from expunge.methods.registry import all_methods
@@ -43,7 +43,7 @@ def test_the_command_of_a_study() -> None:
         "model": None, "init": "tiny", "methods": ["npo", "cluster"], "seeds": 3, "blind": True, "tune": 0,
         "data": "people", "data_options": {"people": "20"}, "device": "auto", "evaluate": {"suite": "quick"},
     }  # fmt: skip
-    assert command(config) == (
+    assert command_line(config) == (
         "expunge bench --init tiny --methods npo,cluster --seeds 3 --blind --data people --data-option people=20 "
         "--suite quick"
     )

@@ -54,7 +54,14 @@ def page_of(folder: Path, content: dict[str, Any] | None = None, lines: list[dic
 
 def test_the_verdict_stands_on_top_with_its_reasons(html: str) -> None:
     text = " ".join("".join(Page(html).text).split())
-    assert re.findall(r'<section id="(\w+)"', html) == ["limits", "audit", "certificate", "completeness", "attacks", "drill"]
+    assert re.findall(r'<section id="(\w+)"', html) == [
+        "limits",
+        "audit",
+        "certificate",
+        "completeness",
+        "attacks",
+        "drill",
+    ]
     assert text.index("Failed: privacy and robustness. Passed: effectiveness. Not shown: utility.") < 400
     assert "The standard suite examined 60 forget samples (beside them 120 retain, 60 holdout and 50 utility)" in text
     assert "compared with its original, 2 retrained references and 3 shadow models that never saw the data" in text

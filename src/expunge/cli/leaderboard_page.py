@@ -47,7 +47,7 @@ def page(folders: Sequence[Path]) -> str:
         parts += [
             f"\n## {results.dataset.name}, {size}\n",
             f"{results.dataset.source or results.dataset.name}: {counts} samples; seeds {results.seeds}.\n",
-            f"```\n{command(read_config(folder))}\n```\n",
+            f"```\n{command_line(read_config(folder))}\n```\n",
             "\n".join(lines) + "\n",
         ]
         failed = [w for w in results.warnings if " failed: " in w]
@@ -56,7 +56,7 @@ def page(folders: Sequence[Path]) -> str:
     return "\n".join(parts)
 
 
-def command(config: Mapping[str, Any]) -> str:
+def command_line(config: Mapping[str, Any]) -> str:
     """The command line that makes the study, as far as its options differ from the defaults."""
     words = ["expunge bench"]
     for name, given in config.items():

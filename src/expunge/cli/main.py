@@ -35,7 +35,7 @@ class Verb:
 
 
 VERBS: tuple[Verb, ...] = (
-    Verb("demo", "Train, unlearn, attack and measure on invented people, offline, in about a minute."),
+    Verb("demo", "Train, unlearn, attack, measure and certify on invented people, offline, in one to two minutes."),
     Verb("unlearn", "Make a model forget samples; the unlearned model, its measurement and a report go to --out."),
     Verb(
         "audit",
@@ -54,8 +54,8 @@ VERBS: tuple[Verb, ...] = (
     Verb("verify", "Check a certificate offline: what holds, what is refuted, what could not be checked."),
     Verb("keygen", "Make a key pair to sign certificates with: Ed25519, in PEM files; no key is ever overwritten."),
     Verb("report", "Rebuild results.md and report.html of run folders from the per-sample record."),
-    Verb("ls", "List the methods, attacks, metrics, datasets or models that can be named."),
-    Verb("show", "Show one method, attack, metric, dataset or model: properties, formula, options, paper."),
+    Verb("ls", "List the methods, scopes, attacks, metrics, datasets or models that can be named."),
+    Verb("show", "Show one method, scope, attack, metric, dataset or model: properties, formula, options, paper."),
     Verb("doctor", "Show versions, devices, free memory and disk, and what is installed."),
 )
 

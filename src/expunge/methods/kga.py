@@ -38,6 +38,7 @@ class KgaOptions(TrainOptions):
     helper_epochs: float = option(
         100.0,
         "most passes of a helper model over its samples; it stops when it knows them as the original knows forget",
+        "ours: enough at every size tried",
     )
     helper_rate: float | None = option(None, "learning rate of the helper models; by the model's size if none")
 

@@ -20,6 +20,7 @@ class ZoneRemovalOptions:
     scope: str = option(
         "records",
         "records: the forget samples alone; subjects: everything about their subjects",
+        "ours: the request's own words",
         choices=("records", "subjects"),
     )
 

@@ -21,7 +21,15 @@ from expunge.models.folder import ModelFolder, inspect, parameters_in, resolve, 
 from expunge.models.load import base_of, device_of, dtype_of
 from expunge.models.lora import ALL_LINEAR, LoraOptions
 
-STATES = {"adamw": 2, "adam": 2, "sophia": 2, "muon": 2, "sgd": 0, "momentum": 1, "none": 0}  # optimizer values per parameter
+STATES = {
+    "adamw": 2,
+    "adam": 2,
+    "sophia": 2,
+    "muon": 2,
+    "sgd": 0,
+    "momentum": 1,
+    "none": 0,
+}  # optimizer values per parameter
 SHORT = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 GIB = 1 << 30
 OVERHEAD = 0.4 * GIB  # Python with torch and transformers imported
