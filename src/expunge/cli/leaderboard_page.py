@@ -61,10 +61,12 @@ def page(folders: Sequence[Path]) -> str:
             raise UserError(f"'{folder}' has no original and reference to compare with: give a run of 'expunge bench'.")
         size = f"{results.model.parameters or 0:,} parameters"
         counts = ", ".join(f"{n} {role}" for role, n in results.dataset.samples.items())
+        config = read_config(folder)
+        tuned = f", {config['tune']} trials for each method" if config.get("tune") else ", default settings"
         parts += [
-            f"\n## {results.dataset.name}, {size}\n",
+            f"\n## {results.dataset.name}, {size}{tuned}\n",
             f"{results.dataset.source or results.dataset.name}: {counts} samples; seeds {results.seeds}.\n",
-            f"```\n{command_line(read_config(folder))}\n```\n",
+            f"```\n{command_line(config)}\n```\n",
             "\n".join(lines) + "\n",
         ]
         failed = [w for w in results.warnings if " failed: " in w]
