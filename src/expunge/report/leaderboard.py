@@ -26,7 +26,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from expunge.report.schema import CONTROLS, Measure, Results, Row
-from expunge.report.tables import Cell, Column, Line, Table
+from expunge.report.tables import Cell, Column, Line, Table, shared_evidence
 from expunge.stats import seed_interval
 
 AXES = ("behaviour", "distribution", "membership", "robustness", "utility")
@@ -154,4 +154,6 @@ def rank_table(results: Results) -> Table | None:
         found = [s.axes[a] if s.axes[a].value is not None else None for a in AXES]
         cells = [Cell(s.rank), *(Cell(m, None, n) for m, n in zip(found, near, strict=True))]
         lines.append(Line(s.method, s.kind, tag, s.kind in CONTROLS, cells=cells))
+    for i, column in enumerate(columns):
+        column.evidence = shared_evidence([line.cells[i] for line in lines])
     return Table("Ranks", columns, lines)

@@ -104,7 +104,7 @@ def _cell(view: View, entry: Summary, metric: Metric) -> Cell:
     return Cell(measure, delta, nearness)
 
 
-def _shared_evidence(cells: Sequence[Cell]) -> str:
+def shared_evidence(cells: Sequence[Cell]) -> str:
     """The commonest n and seeds of a column stand in its head; cells that differ say so themselves."""
     found = Counter(evidence(cell.measure) for cell in cells if cell.measure is not None)
     return found.most_common(1)[0][0] if found else ""
@@ -121,7 +121,7 @@ def board(view: View, full: bool = False) -> Table:
 
     def add(column: Column, cells: list[Cell]) -> None:
         if any(cell.measure is not None for cell in cells):
-            column.evidence = _shared_evidence(cells)
+            column.evidence = shared_evidence(cells)
             columns.append(column)
             for line, cell in zip(lines, cells, strict=True):
                 line.cells.append(cell)
@@ -172,7 +172,7 @@ def study_table(view: View, study: str) -> Table | None:
         lines.append(line)
     columns = [Column(n, _request_label(n), understand(n).group) for n in plain + numbered]
     for i, column in enumerate(columns):
-        column.evidence = _shared_evidence([line.cells[i] for line in lines])
+        column.evidence = shared_evidence([line.cells[i] for line in lines])
     return Table(title, columns, lines)
 
 
