@@ -10,17 +10,18 @@ import inspect
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import expunge
-from expunge.attacks.registry import all_attacks
+from expunge.attacks.registry import Attack, all_attacks
 from expunge.cli.catalogue import catalogue
 from expunge.cli.method_page import escaped, filled, row, value
 from expunge.files import write_text
-from expunge.methods.registry import all_methods
-from expunge.methods.scope import all_selectors
+from expunge.methods.registry import Method, all_methods
+from expunge.methods.scope import Selector, all_selectors
 from expunge.training.loop import TrainOptions
 
+Entry = TypeVar("Entry", Method, Selector, Attack)
 ROOT = Path(inspect.getfile(expunge)).parent
 COMMON = {f.name: f.default for f in dataclasses.fields(TrainOptions)}
 
@@ -28,18 +29,23 @@ COMMON = {f.name: f.default for f in dataclasses.fields(TrainOptions)}
 def generated() -> str:
     """Methods, then scopes, then attacks."""
     lines = ["## Methods", ""]
-    for name, found in all_methods().items():
+    for name, found in own(all_methods()):
         lines += [f"### {name}", "", row(("paper", "defines", "file")), row(["---"] * 3)]
         lines += [row((escaped(found.paper), escaped(found.formula) or "–", f"`{file_of(found.run)}`")), ""]
         lines += options_table(found.options)
     lines += ["## Scopes", "", row(("scope", "paper", "file")), row(["---"] * 3)]
-    selectors = all_selectors().items()
+    selectors = own(all_selectors())
     lines += [row((f"`{n}`", escaped(s.paper) or "–", f"`{file_of(s.run)}`")) for n, s in selectors]
     lines += ["", "## Attacks", "", row(("attack", "paper", "file")), row(["---"] * 3)]
     sources = catalogue("attacks")
-    for name, attack in all_attacks().items():
+    for name, attack in own(all_attacks()):
         lines.append(row((f"`{name}`", escaped(sources[name].source) or "–", f"`{file_of(attack.run)}`")))
     return "\n".join(lines)
+
+
+def own(entries: Mapping[str, Entry]) -> list[tuple[str, Entry]]:
+    """Those of this package, without what is installed or loaded beside it."""
+    return [(n, e) for n, e in entries.items() if getattr(e.run, "func", e.run).__module__.startswith("expunge.")]
 
 
 def options_table(options: type[Any]) -> list[str]:
