@@ -14,8 +14,8 @@ from expunge.data.portrait_words import CAPTION_PROMPTS, NAME_PROMPT
 from expunge.data.registry import load_dataset
 from expunge.data.samples import ROLES, Dataset, Sample
 from expunge.errors import UserError
-from expunge.methods.cluster.edit import mean_losses
 from expunge.models.adapter import evaluating
+from expunge.models.losses import mean_losses
 from expunge.training.loop import TrainOptions, fit
 
 torch.set_num_threads(1)

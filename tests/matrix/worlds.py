@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from expunge.data.samples import Sample
-from expunge.methods.cluster.edit import mean_losses
 from expunge.methods.registry import Context
 from expunge.models.adapter import Adapter
 from expunge.models.load import Loaded
 from expunge.models.lora import LoraOptions, apply_lora
+from expunge.models.losses import mean_losses
 from expunge.models.tiny import init_classifier, init_llava, init_text
 from expunge.training.loop import TrainOptions, fit
 from tiny_text import tiny_dataset

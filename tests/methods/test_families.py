@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from expunge.data.refusals import REFUSALS
 from expunge.data.samples import Sample
 from expunge.errors import UserError
-from expunge.methods.cluster.edit import mean_losses
 from expunge.methods.families import FAMILIES, identities, replacement, retain_term
 from expunge.methods.forget_terms import wrong_labels
 from expunge.methods.registry import Context, Outcome, get_method
+from expunge.models.losses import mean_losses
 from expunge.models.tiny import init_classifier
 from family_cases import FORGET, LOADED, RETAIN, fresh, logits, mean_over_tokens, token_log_probs
 

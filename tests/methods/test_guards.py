@@ -12,10 +12,10 @@ import torch
 from torch.nn.functional import log_softmax
 
 from expunge.errors import UserError
-from expunge.methods.cluster.edit import mean_losses
 from expunge.methods.forget_terms import unlikelihood_C
 from expunge.methods.guards import LOOKED_AT, spread
 from expunge.methods.registry import Context, Outcome, get_method
+from expunge.models.losses import mean_losses
 from expunge.training import loop
 from family_cases import DATA, FORGET, LOADED, RETAIN, fresh, logits
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from expunge.errors import UserError
 from expunge.methods.registry import get_method
-from expunge.methods.scrub import AlternatingPlan, error, tempered_kl
+from expunge.methods.scrub import AlternatingPlan, tempered_kl
+from expunge.models.losses import error_and_loss
 from slow_steps import FORGET, PLAIN, RETAIN, UNSEEN, assert_moved_alike, context, fresh, kl, loaded, logits, nll, sgd
 
 SCRUB = get_method("scrub")
@@ -85,7 +86,7 @@ def test_error_is_the_share_of_wrong_tokens() -> None:
             z, y = logits(model, sample)
             wrong += (z.argmax(1) != y).tolist()
             losses.append(float((z.logsumexp(1) - z[range(len(y)), y]).mean()))
-    assert error(model, loaded().adapter, UNSEEN) == pytest.approx((np.mean(wrong), np.mean(losses)), rel=1e-4)
+    assert error_and_loss(model, loaded().adapter, UNSEEN) == pytest.approx((np.mean(wrong), np.mean(losses)), rel=1e-4)
 
 
 def test_rewinds_to_the_epoch_that_a_shorter_run_would_have_ended_with() -> None:
@@ -104,8 +105,8 @@ def test_rewinds_to_the_epoch_that_a_shorter_run_would_have_ended_with() -> None
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), shorter.parameters(), strict=True))
     notes = run(whole, **settings).notes
     assert any("no never-seen samples" in note for note in notes)
-    assert error(whole, loaded().adapter, UNSEEN)[0] == found["unseen_error"]
-    assert error(model, loaded().adapter, FORGET)[0] == found["errors"][found["epoch"]]
+    assert error_and_loss(whole, loaded().adapter, UNSEEN)[0] == found["unseen_error"]
+    assert error_and_loss(model, loaded().adapter, FORGET)[0] == found["errors"][found["epoch"]]
 
 
 def test_refuses_what_is_no_temperature_or_pass() -> None:

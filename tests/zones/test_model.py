@@ -11,9 +11,9 @@ from torch import Tensor
 
 from expunge.data.samples import Sample, subjects
 from expunge.errors import UserError
-from expunge.methods.cluster.edit import mean_losses
 from expunge.models.load import Loaded, load_model, save_model
 from expunge.models.lora import LoraOptions
+from expunge.models.losses import mean_losses
 from expunge.models.text import TextAdapter
 from expunge.signals.forward import collect
 from expunge.zones.model import ZonedModel

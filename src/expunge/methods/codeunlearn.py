@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from expunge.data.samples import Sample
 from expunge.errors import UserError
 from expunge.methods.beside import block_sites, train_beside
-from expunge.methods.cluster.edit import mean_losses
 from expunge.methods.codebook import Codebook
 from expunge.methods.registry import Context, Outcome, method
 from expunge.models.attached import attach, attachments
+from expunge.models.losses import mean_losses
 from expunge.models.text import causal_lm
 from expunge.options import Ranges, check_ranges, option
 from expunge.stats import discoveries

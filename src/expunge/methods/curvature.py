@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from expunge.data.samples import Sample
 from expunge.errors import UserError, unknown
-from expunge.methods.cluster.edit import mean_losses
 from expunge.methods.cluster.kfac import curvature_loss
 from expunge.models.adapter import Adapter, Positions
+from expunge.models.losses import mean_losses
 from expunge.models.memory import available_memory, size
 from expunge.progress import Progress
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from expunge.errors import UserError
 from expunge.methods.curvature import (
     LABELS,
     LABELS_MEAN,
@@ -21,7 +20,7 @@ from expunge.methods.curvature import (
     unflat,
 )
 from expunge.methods.registry import Context, Outcome, method
-from expunge.options import option
+from expunge.options import check_ranges, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +43,8 @@ class ForgettingOptions:
     draws: int = option(1, "draws per sample, for labels=model", "ours: one is unbiased")
 
     def __post_init__(self) -> None:
-        for name in ("samples", "draws"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)} cannot be: give 1 or more.")
-        for name in ("noise", "budget", "damping"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{name} = {value} cannot be: give a number above 0.")
+        above = (("noise", "budget", "damping"), "a number above 0", lambda v: 0 < v < math.inf)
+        check_ranges(self, ((("samples", "draws"), "1 or more", lambda v: v >= 1), above))
 
 
 @method(

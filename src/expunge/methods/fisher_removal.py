@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from expunge.errors import UserError
 from expunge.methods.curvature import (
     LABELS,
     LABELS_MEAN,
@@ -20,7 +19,7 @@ from expunge.methods.curvature import (
     unflat,
 )
 from expunge.methods.registry import Context, Outcome, method
-from expunge.options import option
+from expunge.options import check_ranges, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +50,8 @@ class RemovalOptions:
     draws: int = option(1, "draws per sample, for labels=model", "ours: one is unbiased")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "samples", "draws"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)} cannot be: give 1 or more.")
-        for name in ("step", "budget", "damping", "stop_loss"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"{name} = {value} cannot be: give a number above 0.")
+        above = (("step", "budget", "damping", "stop_loss"), "a number above 0", lambda v: 0 < v < math.inf)
+        check_ranges(self, ((("steps", "samples", "draws"), "1 or more", lambda v: v >= 1), above))
 
 
 @method(

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from expunge.data.samples import Sample
 from expunge.errors import UserError
-from expunge.methods.cluster.edit import mean_losses
 from expunge.methods.registry import WORDS, Context
+from expunge.models.losses import mean_losses
 from expunge.training.loop import Trainer
 from expunge.training.terms import View
 

@@ -13,8 +13,8 @@ from expunge.errors import UserError
 from expunge.methods.registry import Context, Outcome, method
 from expunge.methods.retrain import from_scratch
 from expunge.models.adapter import Adapter, evaluating
+from expunge.models.losses import error_and_loss
 from expunge.options import option
-from expunge.signals.forward import collect
 from expunge.training.batching import EpochPlan
 from expunge.training.loop import ORDINARY_RATE, Feed, Trainer, TrainOptions, train
 from expunge.training.optimizers import sized_rate
@@ -114,7 +114,7 @@ def kga(context: Context, options: KgaOptions) -> Outcome:
     notes = []
     if context.base is None:
         notes.append("no base was given: the two helper models begin with random weights")
-    level = float(np.mean([s.loss for s in collect(model, adapter, context.forget) if len(s)]))
+    level = error_and_loss(model, adapter, context.forget)[1]
     partners = paired(context.forget, context.unseen, context.seed)
     unseen = list({s.id: s for s in partners}.values())
     knows_forget = knowing(context, context.forget, "forget", level, options)

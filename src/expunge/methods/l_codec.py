@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from expunge.data.samples import Sample
-from expunge.errors import UserError
 from expunge.methods.cluster.layers import Layer, linear_layers
 from expunge.methods.cluster.tokens import forward
 from expunge.methods.curvature import (
@@ -33,7 +32,7 @@ from expunge.methods.dependence import foci
 from expunge.methods.registry import Context, Outcome, method
 from expunge.models.adapter import Batch, evaluating
 from expunge.models.text import causal_lm
-from expunge.options import option
+from expunge.options import check_ranges, option
 
 LORA = ".lora_B."
 
@@ -59,16 +58,15 @@ class LCodecOptions:
     labels: str = option("true", LABELS_MEAN, "released code: empirical Fisher or finite differences", LABELS)
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "units", "samples"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)} cannot be: give 1 or more.")
-        if self.perturbations < 4:
-            raise UserError(f"perturbations = {self.perturbations} cannot be: give 4 or more.")
-        for name in ("sigma", "damping", "budget"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"{name} = {getattr(self, name)} cannot be: give a number above 0.")
-        if not 0 <= self.noise < math.inf:
-            raise UserError(f"noise = {self.noise} cannot be: give 0 or more.")
+        check_ranges(
+            self,
+            (
+                (("batch_size", "units", "samples"), "1 or more", lambda v: v >= 1),
+                (("perturbations",), "4 or more", lambda v: v >= 4),
+                (("sigma", "damping", "budget"), "a number above 0", lambda v: 0 < v < math.inf),
+                (("noise",), "0 or more", lambda v: 0 <= v < math.inf),
+            ),
+        )
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from expunge.errors import UserError
-from expunge.methods.cluster.edit import mean_losses
 from expunge.methods.families import Row, options_of, run_family
 from expunge.methods.family_options import FamilyOptions
 from expunge.methods.forget_terms import margin_N
 from expunge.methods.registry import Context, Outcome, method
+from expunge.models.losses import mean_losses
 from expunge.options import option
 from expunge.training.loop import Trainer
 

@@ -7,16 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from expunge.data.samples import Sample
 from expunge.errors import UserError
 from expunge.methods.registry import Context, Outcome, method
-from expunge.models.adapter import Adapter
+from expunge.models.losses import error_and_loss
 from expunge.options import option
-from expunge.signals.forward import collect
 from expunge.training.batching import Stream
 from expunge.training.loop import Feed, Trainer, TrainOptions, train
 from expunge.training.optimizers import sized_rate
@@ -104,12 +101,6 @@ class AlternatingPlan:
         return {role: self._streams[role][number]}
 
 
-def error(model: nn.Module, adapter: Adapter, samples: Sequence[Sample]) -> tuple[float, float]:
-    """Share of the target tokens (images, for a classifier) that the model gets wrong; mean loss in nats per token."""
-    signals = [s for s in collect(model, adapter, samples) if len(s)]
-    return 1 - float(np.concatenate([s.hit_L for s in signals]).mean()), float(np.mean([s.loss for s in signals]))
-
-
 @method(
     name="scrub",
     options=ScrubOptions,
@@ -173,7 +164,7 @@ def _rewind(context: Context, kept: Mapping[str, Tensor], epochs: int) -> tuple[
     for name, tensor in kept.items():
         number, own = name.split("/", 1)
         states.setdefault(int(number), {})[own] = tensor
-    wanted = error(model, adapter, context.unseen)
+    wanted = error_and_loss(model, adapter, context.unseen)
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     errors: dict[int, tuple[float, float]] = {}
 
@@ -184,7 +175,7 @@ def _rewind(context: Context, kept: Mapping[str, Tensor], epochs: int) -> tuple[
 
     for epoch in sorted(states):
         put(epoch)
-        errors[epoch] = error(model, adapter, context.forget)
+        errors[epoch] = error_and_loss(model, adapter, context.forget)
     best = min(errors, key=lambda e: (abs(errors[e][0] - wanted[0]), abs(errors[e][1] - wanted[1])))
     put(best)
     return best, {"epoch": best + 1, "unseen_error": wanted[0], "errors": {e + 1: v[0] for e, v in errors.items()}}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from expunge.data.samples import Sample
 from expunge.errors import UserError
 from expunge.methods.registry import Context, Outcome, method
-from expunge.methods.scrub import error
+from expunge.models.losses import error_and_loss
 from expunge.options import option
 from expunge.training.loop import Log, TrainOptions, fit
 from expunge.training.optimizers import sized_rate
@@ -108,10 +108,10 @@ def walk_back(
         notes.append(f"no retain samples were given: scale {scale:g} is unchecked")
     if scale is None:
         judged = _some(context.retain, context.seed)
-        wanted = keep * (1 - error(model, context.adapter, judged)[0])
+        wanted = keep * (1 - error_and_loss(model, context.adapter, judged)[0])
         for number in range(GRID, 0, -1):
             vector.put(model, largest * number / GRID)
-            if 1 - error(model, context.adapter, judged)[0] >= wanted:
+            if 1 - error_and_loss(model, context.adapter, judged)[0] >= wanted:
                 scale = largest * number / GRID
                 notes.append(f"scale {scale:g} was chosen on {len(judged)} retain samples")
                 break

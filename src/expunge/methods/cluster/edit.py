@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from expunge.data.samples import Sample
 from expunge.methods.cluster.options import ClusterOptions
 from expunge.methods.cluster.targets import Divergence, Targets
-from expunge.models.adapter import Adapter, evaluating
+from expunge.models.adapter import Adapter
+from expunge.models.losses import mean_losses
 from expunge.models.rounding import rounded_weights
 from expunge.training.batching import Stream
 from expunge.training.loop import Trainer, TrainOptions, fit
@@ -30,17 +31,6 @@ CONTROL_FROM = 0.2  # share of the steps before the loop closes
 def divergence(options: ClusterOptions) -> Divergence:
     """The forget objective that the options ask for."""
     return Divergence(options.js, options.reverse, options.forward, options.match)
-
-
-def mean_losses(model: nn.Module, adapter: Adapter, samples: Sequence[Sample]) -> list[float]:
-    """Mean negative log-likelihood of each sample's target, nats per token."""
-    out = [math.nan] * len(samples)
-    with evaluating(model):
-        for group in adapter.batches(samples):
-            positions = adapter.positions(model, [samples[i] for i in group])
-            for i, loss in zip(group, positions.mean_per_sample(-positions.log_prob_N()).tolist(), strict=True):
-                out[i] = loss
-    return out
 
 
 @dataclass

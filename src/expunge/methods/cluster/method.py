@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from expunge.data.samples import Sample
 from expunge.errors import UserError, unknown
-from expunge.methods.cluster.edit import Edit, EditPlan, mean_losses
+from expunge.methods.cluster.edit import Edit, EditPlan
 from expunge.methods.cluster.options import MEMBERS, ClusterOptions
 from expunge.methods.cluster.targets import (
     Targets,
@@ -39,6 +39,7 @@ from expunge.methods.registry import Context, Outcome
 from expunge.methods.retrain import from_scratch
 from expunge.models.adapter import evaluating
 from expunge.models.lora import is_lora
+from expunge.models.losses import mean_losses
 from expunge.training.loop import Feed, TrainOptions, fit, train
 from expunge.training.terms import Teacher
 
