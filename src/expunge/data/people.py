@@ -92,11 +92,22 @@ def _walk(seed: int) -> tuple[int, int]:
     return step, pick(total, seed, "start")
 
 
+@lru_cache(maxsize=64)
+def _words(seed: int) -> tuple[list[int], list[int]]:
+    """The order in which this seed meets first names and surnames.
+
+    Without it the walk would spread the endings of neighbours in the word lists evenly over the series, so that the
+    names of holdout people could be told from those of private people by their letters alone.
+    """
+    return shuffled(range(len(FIRST)), seed, "first"), shuffled(range(len(SURNAMES)), seed, "surname")
+
+
 def _name(seed: int, place: int) -> tuple[str, str]:
     """The name number ``place``. As the step is coprime to the number of surnames, these repeat only after all."""
     step, start = _walk(seed)
     first, surname = divmod((step * place + start) % (len(FIRST) * len(SURNAMES)), len(SURNAMES))
-    return FIRST[first], SURNAMES[surname]
+    firsts, surnames = _words(seed)
+    return FIRST[firsts[first]], SURNAMES[surnames[surname]]
 
 
 def person(index: int, seed: int = 0, series: Series = "private") -> Person:
