@@ -14,7 +14,7 @@ from typing import Any
 
 from expunge.bench.audit import AuditOptions, audit_models, failures
 from expunge.bench.evaluate import EvaluateOptions
-from expunge.bench.plan import SCOPE, StudyOptions, check_study, entry_of, parse_method, parse_methods
+from expunge.bench.plan import SCOPE, THROUGH, StudyOptions, check_study, entry_of, parse_method, parse_methods
 from expunge.bench.prepare import Workshop, check_preset, start_model
 from expunge.bench.single import (
     Request,
@@ -143,6 +143,7 @@ def unlearn(
     method: str = "cluster",
     set: Mapping[str, Any] | None = None,
     scope: str = "all",
+    through: str = "all",
     then: Sequence[str] = (),
     llm: Callable[[str], str] | None = None,
     keep_helpers: Text | None = None,
@@ -189,13 +190,13 @@ def unlearn(
     settings = {k: str(v) for k, v in (set or {}).items()}
     given = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "optimizer": optimizer}
     settings |= {key: str(value) for key, value in given.items() if value is not None}
-    if scope != "all":
-        settings[SCOPE] = scope
+    settings |= {k: v for k, v in ((SCOPE, scope), (THROUGH, through)) if v != "all"}
     label = ">".join([method, *then])
     entry = entry_of(label, method, settings, [parse_method(step) for step in then])
     options = StudyOptions(evaluate=EvaluateOptions(suite="quick" if suite == "none" else suite))
     options.evaluate.resolved()
     dataset = request.dataset()
+    entry.forget(dataset["forget"])
     before_this = request.earlier_samples()
     estimate = check_room(str(model), Path(out), request, train=True, copies=1 + (base is not None))
     check_models(base, *references)
@@ -473,7 +474,7 @@ def bench(
     )
     options.evaluate.resolved()
     dataset = request.dataset()
-    check_study(dataset, options)
+    check_study(dataset, options, entries)
     trial = ValidationOptions(suite=suite, models=population, references=references, methods=entries)
     check_preset(init)
     estimate = "small new models"

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expunge.data.deletion import by_sample, by_size, by_subject, by_wishes, sequence
+from expunge.data.deletion import by_kind, by_sample, by_size, by_subject, by_wishes, sequence
 from expunge.data.registry import load_dataset
 from expunge.data.samples import Dataset, Sample, subjects
 from expunge.errors import UserError
@@ -118,3 +118,22 @@ def test_wishes_that_cannot_be_read(wishes: list[str]) -> None:
     dataset = load_dataset("people", options={"people": 4, "forget": 1, "holdout": 2, "utility": 0, "questions": 2})
     with pytest.raises(UserError, match="--delete"):
         by_wishes(dataset, wishes)
+
+
+def test_only_the_images_or_only_the_texts_of_a_person() -> None:
+    sizes = {"people": 4, "forget": 1, "holdout": 1, "utility": 0, "questions": 2, "portraits": 2, "size": 16}
+    both = load_dataset("people-portraits", options=sizes)
+    person = both["forget"][0].subject
+    for wish, has_image in (("only=image", True), ("only=text", False)):
+        cut = by_wishes(both, [wish])
+        assert {s.image is not None for s in cut["forget"]} == {has_image}
+        # The person's other samples stay: they are retained, and nothing is lost.
+        assert {s.image is not None for s in cut["retain"] if s.subject == person} == {not has_image}
+        assert ids(cut.private) == ids(both.private)
+    other = both["retain"][0].subject
+    chosen = by_wishes(both, [f"subject={other}", "only=text"])["forget"]
+    assert chosen and all(s.subject == other and s.image is None for s in chosen)
+    with pytest.raises(UserError, match="kind of sample 'sound'"):
+        by_kind(both, "sound")
+    with pytest.raises(UserError, match="no forget sample of 'people' is image"):
+        by_wishes(DATA, ["only=image"])

@@ -8,22 +8,26 @@ from typing import Any
 
 from expunge.bench.evaluate import EvaluateOptions
 from expunge.data.deletion import sequence
-from expunge.data.samples import Dataset
-from expunge.errors import UserError
+from expunge.data.samples import Dataset, Sample
+from expunge.errors import UserError, unknown
 from expunge.methods.compose import chain
 from expunge.methods.registry import Method, all_methods, get_method
 from expunge.methods.scope import Scope, get_scope
 from expunge.options import option
 
-SCOPE = "scope"  # the setting that every method has
+# Settings that every method has.
+SCOPE = "scope"
+THROUGH = "through"
+WAYS = ("all", "image", "text")
 
 
 @dataclass(frozen=True)
 class Entry:
     """A method with its settings; ``label`` names its row.
 
-    Settings ``scope`` and ``scope.KEY`` name a selector of weights and its options. ``then``: methods that edit the
-    result afterwards, each with settings of its own.
+    Settings ``scope`` and ``scope.KEY`` name a selector of weights and its options; ``through`` says which forget
+    samples the method is shown: all, those with an image, or those of text alone (CLEAR, arXiv:2410.18057, forgets a
+    person through either or both). ``then``: methods that edit the result afterwards, each with settings of its own.
     """
 
     label: str
@@ -39,7 +43,24 @@ class Entry:
     def configured(self, more: Mapping[str, Any] | None = None) -> Any:
         """The first method's options."""
         settings = {**self.settings, **(more or {})}
-        return self.method.configure({k: v for k, v in settings.items() if k.split(".")[0] != SCOPE})
+        return self.method.configure({k: v for k, v in settings.items() if k.split(".")[0] not in (SCOPE, THROUGH)})
+
+    def forget(self, samples: Sequence[Sample]) -> tuple[Sample, ...]:
+        """Of the forget set, what the method is shown.
+
+        Raises:
+            UserError: there is no such way, or nothing to forget through it.
+        """
+        way = self.settings.get(THROUGH, "all")
+        if way not in WAYS:
+            raise UserError(unknown("way to forget through", way, WAYS))
+        kept = tuple(s for s in samples if way == "all" or (s.image is None) == (way == "text"))
+        if samples and not kept:
+            raise UserError(
+                f"no forget sample {'comes with an image' if way == 'image' else 'is text alone'}, so there is nothing "
+                f"to forget through={way}: leave it out, or choose data of both kinds."
+            )
+        return kept
 
     def whole(self, more: Mapping[str, Any] | None = None) -> tuple[Method, Any]:
         """What is run: the method, or the chain of methods, and the options of the first."""
@@ -54,14 +75,15 @@ def entry_of(label: str, name: str, settings: Mapping[str, str], then: Sequence[
     entry = Entry(label, get_method(name), dict(settings), tuple(then))
     entry.whole()
     entry.scope()
+    entry.forget(())
     return entry
 
 
 def parse_methods(text: str) -> list[Entry]:
     """``all``, or a comma list of names with settings: ``npo:retain=kl;beta=0.05,cluster``.
 
-    ``npo:scope=salun;scope.share=0.3`` restricts a method to some weights; ``npo>task-vector:scale=0.5`` runs one after
-    another.
+    ``npo:scope=salun;scope.share=0.3`` restricts a method to some weights, ``npo:through=image`` shows it the forget
+    samples with an image alone; ``npo>task-vector:scale=0.5`` runs one after another.
 
     Raises:
         UserError: unknown method or option (the nearest is suggested), or the same entry twice.
@@ -105,7 +127,7 @@ def parse_method(item: str) -> Entry:
     return entry_of(item, name, settings)
 
 
-def check_study(dataset: Dataset, options: StudyOptions) -> None:
+def check_study(dataset: Dataset, options: StudyOptions, entries: Sequence[Entry] = ()) -> None:
     """Refuse before anything is trained what the study would stumble over hours later.
 
     Raises:
@@ -123,6 +145,8 @@ def check_study(dataset: Dataset, options: StudyOptions) -> None:
         raise UserError(f"--size-impact {','.join(map(str, options.size_impact))} names a size twice: name each once.")
     if not 0 <= options.matched <= 100:
         raise UserError(f"--matched {options.matched}: give a percentage from 1 to 100, such as 98.")
+    for entry in entries:
+        entry.forget(dataset["forget"])
     if options.sequential:
         sequence(dataset, options.sequential)
     if options.tune:

@@ -290,7 +290,7 @@ class Study:
         return Context(
             model=model,
             adapter=self.shop.adapter,
-            forget=dataset["forget"],
+            forget=entry.forget(dataset["forget"]),
             retain=dataset["retain"],
             unseen=self.unseen,
             base=None if self.options.blind else self.shop.base,

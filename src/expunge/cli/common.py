@@ -33,7 +33,10 @@ DataOption = Annotated[
 ]
 Delete = Annotated[
     list[str] | None,
-    typer.Option("--delete", help="What to forget instead: subject=NAME, sample=ID (repeat), subjects=N or samples=N."),
+    typer.Option(
+        "--delete",
+        help="What to forget instead: subject=NAME, sample=ID (repeat), subjects=N or samples=N; only=image|text.",
+    ),
 ]
 Forget = Annotated[
     Path | None, typer.Option("--forget", help="File of the samples to forget: JSONL, JSON, CSV, TSV or Parquet.")

@@ -58,6 +58,10 @@ def command(
     scope: Annotated[
         str, typer.Option("--scope", help="Which weights may move: all, or a selector; see 'expunge ls scopes'.")
     ] = "all",
+    through: Annotated[
+        str,
+        typer.Option("--through", help="Forget samples that the method is shown: all, or those with image or text."),
+    ] = "all",
     then: Annotated[
         list[str] | None,
         typer.Option("--then", metavar="METHOD[:KEY=VALUE;...]", help="A method to run afterwards; repeat for more."),
@@ -120,6 +124,7 @@ def command(
         method=method,
         set=key_values(set_),
         scope=scope,
+        through=through,
         then=then or (),
         llm=None if llm is None else function_of(llm, "--llm"),
         keep_helpers=keep_helpers,

@@ -7,6 +7,7 @@ seed, so a larger request contains a smaller one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from expunge.data.samples import Dataset, Sample, subjects
 from expunge.errors import UserError, unknown
 
 WISHES = ("subject", "sample", "subjects", "samples")
+ONLY = ("image", "text")
 
 
 def _choose(given: Sequence[str] | int, known: Sequence[str], kind: str, *key: object) -> list[str]:
@@ -65,6 +67,20 @@ def by_sample(dataset: Dataset, which: Sequence[str] | int, seed: int = 0) -> Da
     ids = set(_choose(which, [sample.id for sample in dataset.private], "sample", seed))
     chosen = [sample for sample in dataset.private if sample.id in ids]
     return _partition(dataset, chosen, f"Deletion set: {len(chosen)} sample(s), seed {seed}.")
+
+
+def by_kind(dataset: Dataset, kind: str) -> Dataset:
+    """Of the forget set, forget only the samples with an image, or only those of text alone; the others stay known.
+
+    Raises:
+        UserError: neither of the two, or no forget sample is of this kind.
+    """
+    if kind not in ONLY:
+        raise unknown("kind of sample", kind, ONLY)
+    chosen = [sample for sample in dataset["forget"] if (sample.image is None) == (kind == "text")]
+    if not chosen:
+        raise UserError(f"no forget sample of '{dataset.name}' is {kind}: leave out only={kind}.")
+    return _partition(dataset, chosen, f"Deletion set: of the forget set only {len(chosen)} {kind} sample(s).")
 
 
 def by_size(dataset: Dataset, n: int, seed: int = 0) -> Dataset:
@@ -128,11 +144,16 @@ def sequence(dataset: Dataset, k: int, seed: int = 0) -> list[Dataset]:
 
 def by_wishes(dataset: Dataset, wishes: Sequence[str], seed: int = 0) -> Dataset:
     """The deletion set that ``--delete`` describes: ``subject=NAME`` or ``sample=ID`` (as often as needed),
-    ``subjects=N`` or ``samples=N``. No wish leaves the dataset as it is.
+    ``subjects=N`` or ``samples=N``; ``only=image`` or ``only=text`` cuts the result, or the dataset's own forget set,
+    to one kind of sample. No wish leaves the dataset as it is.
 
     Raises:
         UserError: a wish of another form, wishes of two kinds, or a name or number that does not fit.
     """
+    only = [wish.partition("=")[2].strip() for wish in wishes if wish.startswith("only=")]
+    if only:
+        rest = by_wishes(dataset, [wish for wish in wishes if not wish.startswith("only=")], seed)
+        return functools.reduce(by_kind, only, rest)
     if not wishes:
         return dataset
     kinds = {wish.partition("=")[0].strip() for wish in wishes}
@@ -141,7 +162,7 @@ def by_wishes(dataset: Dataset, wishes: Sequence[str], seed: int = 0) -> Dataset
     if kinds or kind not in WISHES or not all(values):
         raise UserError(
             f"--delete {' --delete '.join(wishes)}: give subject=NAME or sample=ID as often as needed, or one "
-            "subjects=N or samples=N, and only one of these kinds."
+            "subjects=N or samples=N, and only one of these kinds (only=image or only=text beside it)."
         )
     if kind in ("subject", "sample"):
         return by_subject(dataset, values) if kind == "subject" else by_sample(dataset, values)
