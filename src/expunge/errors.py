@@ -19,7 +19,8 @@ def unknown(kind: str, given: str, allowed: Iterable[str]) -> UserError:
     unknown method 'nop': did you mean 'npo'? Allowed: ga, npo.
     """
     names = sorted(allowed)
-    near = difflib.get_close_matches(given, names, n=1, cutoff=0.4)
-    hint = f" did you mean '{near[0]}'?" if near else ""
+    by_case = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(given.lower(), by_case, n=1, cutoff=0.4)
+    hint = f" did you mean '{by_case[near[0]]}'?" if near else ""
     shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
     return UserError(f"unknown {kind} '{given}':{hint} Allowed: {shown}.")
