@@ -92,9 +92,10 @@ def test_image_models(arch: Any, tmp_path: Path) -> None:
     assert estimate(tmp_path / "c", lora=options).trainable == trainable
 
 
-def test_llava_with_lora(tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", ["all-linear", "language", "vision"])
+def test_llava_with_lora(tmp_path: Path, targets: str) -> None:
     save_model(init_llava(QA), tmp_path / "l")
-    options = LoraOptions(r=2)
+    options = LoraOptions(r=2, targets=targets)
     tuned = load_model(tmp_path / "l", device="cpu", lora=options)
     trainable = sum(p.numel() for p in tuned.model.parameters() if p.requires_grad)
     assert estimate(tmp_path / "l", lora=options).trainable == trainable

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from expunge.errors import UserError, unknown
+from expunge.models.towers import TOWERS, parameters_of
 from expunge.options import configure, option
 
 if TYPE_CHECKING:
@@ -160,15 +161,28 @@ def top_share(scores: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class LayersOptions:
-    """Which parameters by name."""
+    """Which parameters by name, by tower, or by both."""
 
     names: str = option("*", "patterns of parameter names, joined by +; * stands for anything: *.mlp.*+*.layers.3.*")
+    tower: str = option(
+        "both",
+        "of a vision-language model: language (the language model with its head), vision (the image encoder with the "
+        "projector) or both; the other one stays bit for bit",
+        choices=("both", *TOWERS),
+    )
 
 
 @selector(name="layers", options=LayersOptions)
 def layers(context: Context, options: LayersOptions) -> Masks:
-    """Whole parameters by name."""
+    """Whole parameters by name or tower."""
     names = [n for n, p in context.model.named_parameters() if p.requires_grad]
+    if options.tower != "both":
+        inside = parameters_of(context.model, options.tower)
+        names = [n for n in names if n in inside]
+        if not names:
+            raise UserError(
+                f"the {options.tower} tower has no trainable weight here: leave --lora out, or give it one."
+            )
     chosen: set[str] = set()
     for pattern in options.names.split("+"):
         found = fnmatch.filter(names, pattern.strip())

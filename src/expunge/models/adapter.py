@@ -58,11 +58,15 @@ class Meter:
 
 @dataclass(frozen=True)
 class Head:
-    """The output head: maps (M, D) hidden states to (M, V) logits in float32."""
+    """The output head: maps (M, D) hidden states to (M, V) logits in float32.
+
+    ``margin`` is taken off the target's logit in the loss that is learnt from, and nowhere else (AM-softmax).
+    """
 
     module: nn.Module
     softcap: float | None = None
     scale: float = 1.0
+    margin: float = 0.0
 
     def __call__(self, hidden_MD: Tensor) -> Tensor:
         logits_MV: Tensor = self.module(hidden_MD).float() * self.scale
@@ -140,6 +144,15 @@ class Positions:
     def log_prob_N(self) -> Tensor:
         """Log-probability of each target in nats, (N,) float32."""
         return self.per_token(target_log_prob)
+
+    def learnt_log_prob_N(self) -> Tensor:
+        """Log-probability of each target with the head's margin off its logit, (N,) float32."""
+
+        def value(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
+            margin_C1 = torch.full_like(logits_CV[:, :1], -self.head.margin)
+            return target_log_prob(logits_CV.scatter_add(1, targets_C[:, None], margin_C1), targets_C)
+
+        return self.per_token(value)
 
     def sum_per_sample(self, values_N: Tensor) -> Tensor:
         """Sum the (N,) values of each sample: (B,)."""

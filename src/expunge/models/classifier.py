@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from expunge.data.samples import Modality, Sample
 from expunge.errors import UserError
 from expunge.models.adapter import Adapter, Batch, Head, evaluating
+from expunge.models.am_softmax import CosineHead
 from expunge.models.images import Preprocess
 from expunge.models.text import causal_lm, same_logits
 
@@ -88,7 +89,8 @@ class ClassifierAdapter(Adapter):
             inner(pixel_values=pixels)
         finally:
             hook.remove()
-        return seen[-1], Head(head)
+        learns = isinstance(head, CosineHead) and inner.training
+        return seen[-1], Head(head, margin=head.scale * head.margin if learns else 0.0)
 
     def bind(self, model: nn.Module) -> Self:
         """Check that head(hidden) equals the model's own logits; where a model does more, use whole logits."""
@@ -140,7 +142,7 @@ class ClassifierAdapter(Adapter):
 
 
 def last_linear(model: Any) -> nn.Module:
-    """The last linear layer whose output is the classes, inside or outside of a LoRA layer.
+    """The last linear layer, or cosine head, whose output is the classes, inside or outside of a LoRA layer.
 
     Raises:
         UserError: there is none.
@@ -154,7 +156,7 @@ def last_linear(model: Any) -> nn.Module:
             # A LoRA layer counts as a whole; what it is made of does not.
             inside |= {id(m) for m in module.modules() if m is not module}
         layer = base if isinstance(base, nn.Module) else module
-        if id(module) not in inside and isinstance(layer, nn.Linear) and layer.out_features == classes:
+        if id(module) not in inside and isinstance(layer, (nn.Linear, CosineHead)) and len(layer.weight) == classes:
             found = module
     if found is None:
         raise UserError(f"{type(model).__name__} has no linear layer with {classes} outputs as its head.")

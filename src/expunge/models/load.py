@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,11 +151,9 @@ def _weights(folder: ModelFolder, dtype: torch.dtype | None) -> nn.Module:
         AutoModelForCausalLM,
         AutoModelForImageClassification,
         AutoModelForImageTextToText,
-        ResNetConfig,
     )
 
     from expunge.models import mlp  # noqa: F401 - makes its model type known to transformers
-    from expunge.models.small_resnet import SmallResNetForImageClassification
 
     builder: Any = {
         "text": AutoModelForCausalLM,
@@ -167,13 +166,11 @@ def _weights(folder: ModelFolder, dtype: torch.dtype | None) -> nn.Module:
         "output_loading_info": True,
         "ignore_mismatched_sizes": True,  # so that they are listed, and refused below by name
     }
+    own = _own_class(folder.config)
     try:
         with quiet():
-            if folder.config.get("small_stem"):
-                config = ResNetConfig.from_pretrained(folder.path, local_files_only=True)
-                model, info = SmallResNetForImageClassification.from_pretrained(
-                    folder.path, config=config, local_files_only=True, **options
-                )
+            if own is not None:
+                model, info = own.from_pretrained(folder.path, local_files_only=True, **options)
             else:
                 model, info = builder.from_pretrained(folder.path, **options, **STRICT)
     except Exception as error:  # transformers raises from a dozen places; all of them mean a folder that is not sound
@@ -192,6 +189,18 @@ def _weights(folder: ModelFolder, dtype: torch.dtype | None) -> nn.Module:
         )
     loaded: nn.Module = model
     return loaded
+
+
+def _own_class(config: Mapping[str, Any]) -> Any:
+    """The class of ours that a configuration asks for, or None."""
+    from expunge.models.embedders import EMBEDDERS
+    from expunge.models.small_resnet import SmallResNetForImageClassification
+
+    if "am_softmax_scale" in config:
+        if config["model_type"] not in EMBEDDERS:
+            raise unknown("model type with an AM-softmax head", str(config["model_type"]), EMBEDDERS)
+        return EMBEDDERS[config["model_type"]]
+    return SmallResNetForImageClassification if config.get("small_stem") else None
 
 
 def _adapter(base: ModelFolder, folder: ModelFolder, model: nn.Module, template: str, context: int | None) -> Adapter:

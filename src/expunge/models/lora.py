@@ -17,6 +17,7 @@ from torch import nn
 from expunge.errors import UserError
 from expunge.models.adapter import evaluating
 from expunge.models.quiet import quiet
+from expunge.models.towers import TOWERS, modules_of
 from expunge.options import option
 
 ALL_LINEAR = "all-linear"
@@ -29,7 +30,11 @@ class LoraOptions:
     r: int = option(8, "rank of the update", "Hu et al. 2021, section 4.2")
     alpha: float = option(16.0, "scale: the update is multiplied by alpha / r", "peft's usual 2·r")
     dropout: float = option(0.0, "dropout on the adapter's input; 0 keeps unlearning deterministic")
-    targets: str = option(ALL_LINEAR, "all-linear, or names of layers joined by commas, e.g. q_proj,v_proj")
+    targets: str = option(
+        ALL_LINEAR,
+        "all-linear; language or vision, the linear layers of that tower of a vision-language model; or names of "
+        "layers joined by commas, e.g. q_proj,v_proj",
+    )
 
 
 def is_lora(model: nn.Module) -> bool:
@@ -42,9 +47,11 @@ def apply_lora(model: nn.Module, options: LoraOptions, *, seed: int = 0) -> nn.M
 
     The second factor starts at zero, so the wrapped model computes exactly what the bare one does. "all-linear"
     means every linear layer but the output head; in a convolutional classifier, every convolution and the head.
+    "language" and "vision" part "all-linear" between the towers of a vision-language model.
 
     Raises:
-        UserError: the model has an adapter already, an option is out of range, or no layer has a target's name.
+        UserError: the model has an adapter already, an option is out of range, no layer has a target's name, or a tower
+            is asked of a model that has none.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -72,8 +79,13 @@ def _targets(model: nn.Module, targets: str) -> list[str]:
     inner: Any = model
     head = inner.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     layers = [n for n, m in model.named_modules() if isinstance(m, kinds) or type(m).__name__ == "Conv1D"]
+    everywhere = [n for n in layers if model.get_submodule(n) is not head]
     if targets == ALL_LINEAR:
-        return [n for n in layers if model.get_submodule(n) is not head]
+        return everywhere
+    for tower in TOWERS:
+        if targets == tower:
+            inside = modules_of(model, tower)
+            return [n for n in everywhere if id(model.get_submodule(n)) in inside]
     wanted = [t.strip() for t in targets.split(",") if t.strip()]
     found = [n for n in layers if any(n == w or n.endswith("." + w) for w in wanted)]
     lost = [w for w in wanted if not any(n == w or n.endswith("." + w) for n in layers)]

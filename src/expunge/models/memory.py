@@ -20,6 +20,7 @@ from expunge.models.adapter import CHUNK_ELEMENTS
 from expunge.models.folder import ModelFolder, inspect, parameters_in, resolve, tensor_shapes
 from expunge.models.load import base_of, device_of, dtype_of
 from expunge.models.lora import ALL_LINEAR, LoraOptions
+from expunge.models.towers import TOWERS
 
 STATES = {
     "adamw": 2,
@@ -126,14 +127,17 @@ def _lora_parameters(folder: ModelFolder, lora: LoraOptions) -> int:
     """r·(in + out) per matrix and r·(in·k² + out) per k x k convolution, of the layers that ``apply_lora`` takes."""
     wanted = [t.strip() for t in lora.targets.split(",")]
     images = folder.modality == "classifier"
-    outside = () if images else ("embed", "wte", "wpe", "lm_head")
+    outside = ("classifier",) if "am_softmax_scale" in folder.config else ()
+    outside = outside if images else ("embed", "wte", "wpe", "lm_head")
     total = 0
     for file in folder.weights:
         for name, (_, shape) in tensor_shapes(file).items():
             layer = name.removesuffix(".weight")
             fits = len(shape) == 2 or (images and len(shape) == 4)
-            if wanted == [ALL_LINEAR]:
-                fits = fits and not any(part in layer for part in outside)
+            if wanted[0] in (ALL_LINEAR, *TOWERS):
+                sees = any(part in layer for part in ("vision", "visual", "projector"))
+                there = wanted[0] == ALL_LINEAR or sees == (wanted[0] == "vision")
+                fits = fits and there and not any(part in layer for part in outside)
             else:
                 fits = fits and any(layer == w or layer.endswith("." + w) for w in wanted)
             if fits:

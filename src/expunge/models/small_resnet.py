@@ -17,7 +17,12 @@ class SmallResNetForImageClassification(ResNetForImageClassification):  # type: 
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        stem = self.resnet.embedder
-        stem.embedder.convolution = nn.Conv2d(config.num_channels, config.embedding_size, 3, padding=1, bias=False)
-        stem.pooler = nn.Identity()
-        self.post_init()
+        shrink_stem(self)
+
+
+def shrink_stem(model: Any) -> None:
+    """Give a ResNet of transformers the small stem in place, with weights drawn as the model draws its others."""
+    config, stem = model.config, model.resnet.embedder
+    stem.embedder.convolution = nn.Conv2d(config.num_channels, config.embedding_size, 3, padding=1, bias=False)
+    stem.pooler = nn.Identity()
+    model.post_init()

@@ -5,7 +5,7 @@ They train in seconds to minutes on two CPU cores, and are ordinary Hugging Face
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -21,6 +21,7 @@ from transformers import (
 
 from expunge.data.samples import Sample
 from expunge.errors import UserError, unknown
+from expunge.models.am_softmax import MARGIN, SCALE
 from expunge.models.classifier import ClassifierAdapter
 from expunge.models.images import BICUBIC, Preprocess
 from expunge.models.load import Loaded
@@ -29,7 +30,8 @@ from expunge.models.small_resnet import SmallResNetForImageClassification
 from expunge.models.text import TextAdapter
 
 BOS, EOS, PAD, IMAGE = "<s>", "</s>", "<pad>", "<image>"
-Arch = Literal["resnet", "vit", "mlp"]
+Arch = Literal["resnet", "vit", "mlp", "resnet-am-softmax", "vit-am-softmax"]
+ARCHS: tuple[Arch, ...] = get_args(Arch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,7 @@ def init_classifier(
 ) -> Loaded:
     """An untrained image classifier of 50,000 to 80,000 parameters; images are resized to ``image_size`` squared.
 
+    Those with ``am-softmax`` are face embedders: see :mod:`expunge.models.am_softmax`.
     ``mean`` and ``std`` are of pixels scaled to [0, 1]: one number, or one per channel. ``mlp`` is for feature vectors,
     which are pictures of one row, ``image_size`` (1, D): nothing is resized, and ``hidden_sizes`` are its layers.
 
@@ -159,10 +162,10 @@ def init_classifier(
         )
     if any(len(c) not in (1, channels) for c in (mean, std)) or min(std) <= 0:
         raise UserError(f"mean {tuple(mean)} and std {tuple(std)}: give 1 or {channels} numbers, std above 0.")
-    if arch not in get_args(Arch):
-        raise unknown("architecture", arch, get_args(Arch))
+    if arch not in ARCHS:
+        raise unknown("architecture", arch, ARCHS)
     with seeded(seed):
-        model = _BUILDERS[arch](num_classes, height, width, channels, hidden_sizes)
+        model = _built(arch, num_classes, height, width, channels, hidden_sizes)
     model.eval()
     # One number per channel is what every reader of the file understands.
     preprocess = Preprocess(
@@ -177,8 +180,29 @@ def init_classifier(
     return Loaded(model, adapter, f"init:{arch}:{seed}")
 
 
-def _resnet(classes: int, height: int, width: int, channels: int, _: Sequence[int]) -> Any:
-    config = ResNetConfig(
+def _built(arch: Arch, classes: int, height: int, width: int, channels: int, hidden_sizes: Sequence[int]) -> Any:
+    """The model; each library is imported where it is needed."""
+    if arch == "mlp":
+        from expunge.models.mlp import MlpConfig, MlpForImageClassification
+
+        sides = [height, width]
+        return MlpForImageClassification(
+            MlpConfig(num_channels=channels, image_size=sides, hidden_sizes=list(hidden_sizes), num_labels=classes)
+        )
+    from transformers import ViTForImageClassification
+
+    from expunge.models.embedders import EMBEDDERS
+
+    kind = arch.removesuffix("-am-softmax")
+    config = (_resnet if kind == "resnet" else _vit)(classes, height, width, channels)
+    if kind == arch:
+        return (SmallResNetForImageClassification if kind == "resnet" else ViTForImageClassification)(config)
+    config.am_softmax_scale, config.am_softmax_margin = SCALE, MARGIN
+    return EMBEDDERS[kind](config)
+
+
+def _resnet(classes: int, height: int, width: int, channels: int) -> Any:
+    return ResNetConfig(
         num_channels=channels,
         embedding_size=16,
         hidden_sizes=[16, 32, 64],
@@ -188,13 +212,12 @@ def _resnet(classes: int, height: int, width: int, channels: int, _: Sequence[in
         small_stem=True,
         image_size=height if height == width else [height, width],
     )
-    return SmallResNetForImageClassification(config)
 
 
-def _vit(classes: int, height: int, width: int, channels: int, _: Sequence[int]) -> Any:
-    from transformers import ViTConfig, ViTForImageClassification
+def _vit(classes: int, height: int, width: int, channels: int) -> Any:
+    from transformers import ViTConfig
 
-    config = ViTConfig(
+    return ViTConfig(
         hidden_size=48,
         num_hidden_layers=3,
         num_attention_heads=4,
@@ -206,23 +229,6 @@ def _vit(classes: int, height: int, width: int, channels: int, _: Sequence[int])
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    return ViTForImageClassification(config)
-
-
-def _mlp(classes: int, height: int, width: int, channels: int, hidden_sizes: Sequence[int]) -> Any:
-    from expunge.models.mlp import MlpConfig, MlpForImageClassification
-
-    config = MlpConfig(
-        num_channels=channels, image_size=[height, width], hidden_sizes=list(hidden_sizes), num_labels=classes
-    )
-    return MlpForImageClassification(config)
-
-
-_BUILDERS: dict[str, Callable[[int, int, int, int, Sequence[int]], Any]] = {
-    "resnet": _resnet,
-    "vit": _vit,
-    "mlp": _mlp,
-}
 
 
 def classifier_for(samples: Sequence[Sample], arch: Arch | None = None, seed: int = 0) -> Loaded:

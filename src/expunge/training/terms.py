@@ -120,8 +120,9 @@ class Teacher:
 
 
 def nll_N(view: View) -> Tensor:
-    """−log p(target), nats per token: the training loss."""
-    return -view.log_prob_N()
+    """−log p(target), nats per token: the training loss, with the head's margin where it has one."""
+    log_p_N = view.log_prob_N()
+    return -view.positions.learnt_log_prob_N() if view.positions.head.margin else -log_p_N
 
 
 def kl_C(logits_CV: Tensor, teacher_CV: Tensor, targets_C: Tensor) -> Tensor:
