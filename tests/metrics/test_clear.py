@@ -81,7 +81,7 @@ def test_rouge_that_was_not_measured_is_refused_and_never_dropped_in_silence() -
 def test_forgetting_is_two_sided() -> None:
     """A broken model wins by the paper's "lower is better"; here its gap is as large as the original's."""
     gold, original, broken = six(shift=1.0), six(), six(shift=60.0)
-    scores = {name: clear.clear_forget(sets, gold) for name, sets in (("o", original), ("b", broken), ("g", gold))}
+    scores = {name: clear.clear_forget(sets, [gold]) for name, sets in (("o", original), ("b", broken), ("g", gold))}
     assert scores["b"].value.value < scores["g"].value.value < scores["o"].value.value
     gaps = {name: score.gap for name, score in scores.items()}
     assert gaps["g"] is not None and gaps["o"] is not None and gaps["b"] is not None
@@ -93,7 +93,7 @@ def test_forgetting_is_two_sided() -> None:
 def test_the_gap_is_paired() -> None:
     """The same items under both models: an interval of independent draws would be several times wider."""
     ours, theirs = six(), six(shift=0.01)
-    found = clear.clear_forget(ours, theirs)
+    found = clear.clear_forget(ours, [theirs])
     assert found.gap is not None
     assert found.gap.high - found.gap.low < 0.3 * (found.value.high - found.value.low)
 
@@ -104,7 +104,7 @@ def test_what_does_not_fit_is_said() -> None:
     with pytest.raises(UserError, match="name some of prob, rouge, truth_ratio"):
         clear.clear_retain(six(), parts=("probability",))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="not measured on the same items"):
-        clear.clear_forget(six(), {"forget": one_set(0)})
+        clear.clear_forget(six(), [{"forget": one_set(0)}])
 
 
 def test_one_person_has_no_interval() -> None:

@@ -15,8 +15,19 @@ from typing import Any
 import numpy as np
 
 from expunge.attacks.membership import loss_score, min_k_plus_plus_score, min_k_score, zlib_score
-from expunge.bench.desk import Desk, Floats, items, losses, mean_over, numbers, probs, rouge_of, where
-from expunge.bench.images import images
+from expunge.bench.desk import (
+    Desk,
+    Floats,
+    items,
+    losses,
+    mean_over,
+    numbers,
+    probs,
+    quality_over,
+    rouge_of,
+    where,
+)
+from expunge.bench.images import images, thumbnails
 from expunge.bench.measuring import Measured
 from expunge.bench.verdicts import sample_rows, verdicts
 from expunge.data.samples import Role
@@ -46,6 +57,7 @@ def assess(desk: Desk) -> list[dict[str, Any]]:
     relearning(desk)
     quantization(desk)
     rows = sample_rows(desk)
+    thumbnails(desk, rows)
     verdicts(desk, rows)
     return rows
 
@@ -103,20 +115,10 @@ def truth(desk: Desk) -> None:
         return
     ours = items(desk.own, "forget")
     found_all = [forget_quality(ours, items(r, "forget"), level=desk.options.level) for r in desk.references]
-    distance = [f.ks_distance for f in found_all]
-    note = "" if len(found_all) == 1 else f"mean over {len(found_all)} references, widest bounds, median p"
-    # Bounds that hold against every reference, so that the claim does not depend on which of them one picks.
-    low, high = min(d.low for d in distance), max(d.high for d in distance)
-    value, count = float(np.mean([d.value for d in distance])), distance[0].n
-    name = distance[0].definition
-    desk.metrics["forget_quality.ks_distance"] = Estimate(value, low, high, count, name, note)
-    desk.metrics["forget_quality.ks_bound"] = Estimate(
-        high, n=count, definition=name.replace("ks_distance", "ks_bound")
-    )
-    p_value = float(np.median([f.p_value.value for f in found_all]))
-    desk.metrics["forget_quality.p_value"] = Estimate(
-        p_value, n=count, definition=found_all[0].p_value.definition, note=note
-    )
+    distance, bound, p_value = quality_over(found_all)
+    desk.metrics["forget_quality.ks_distance"] = distance
+    desk.metrics["forget_quality.ks_bound"] = bound
+    desk.metrics["forget_quality.p_value"] = p_value
 
 
 def utility_sets(own: Measured) -> dict[str, TofuSet]:

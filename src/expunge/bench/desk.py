@@ -17,7 +17,7 @@ from expunge.bench.measuring import EvaluateOptions, Measured
 from expunge.data.samples import Role
 from expunge.metrics.divergence import per_sample
 from expunge.metrics.rouge import rouge_score
-from expunge.metrics.tofu import TofuSet, log_truth_ratio, tofu_set
+from expunge.metrics.tofu import ForgetQuality, TofuSet, log_truth_ratio, tofu_set
 from expunge.signals.record import Signals
 from expunge.stats import Estimate, bootstrap_mean, bootstrap_means, percentile_interval
 
@@ -93,6 +93,27 @@ def rouge_of(own: Measured, role: Role) -> dict[str, float]:
     """ROUGE-L recall of each generated answer, by sample id."""
     targets = {s.id: str(s.target) for s in own.samples.get(role, [])}
     return {i: rouge_score(targets[i], text) for i, text in own.generated.get(role, {}).items()}
+
+
+def quality_over(found: Sequence[ForgetQuality]) -> tuple[Estimate, Estimate, Estimate]:
+    """(KS distance, its upper bound, p-value) over the references: mean distance, widest bounds, median p.
+
+    Bounds that hold against every reference, so that the claim does not depend on which of them one picks.
+    """
+    distance, count = [f.ks_distance for f in found], found[0].ks_distance.n
+    note = "" if len(found) == 1 else f"mean over {len(found)} references, widest bounds, median p"
+    low, high = min(d.low for d in distance), max(d.high for d in distance)
+    name = distance[0].definition
+    return (
+        Estimate(float(np.mean([d.value for d in distance])), low, high, count, name, note),
+        Estimate(high, n=count, definition=name.replace("ks_distance", "ks_bound")),
+        Estimate(
+            float(np.median([f.p_value.value for f in found])),
+            n=count,
+            definition=found[0].p_value.definition,
+            note=note,
+        ),
+    )
 
 
 def log_ratios(own: Measured) -> Floats:

@@ -1,17 +1,23 @@
-"""What is measured only where there are pictures: membership and tug of war of classifiers, modality matrix.
+"""What is measured only where there are pictures: membership and tug of war of classifiers, CLEAR, modality matrix.
 
 Shape suffix: N samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from expunge.bench.clear import clear
 from expunge.bench.desk import Desk, Floats, losses, mean_over, numbers, probs
-from expunge.bench.measuring import Measured
-from expunge.data.samples import Role
+from expunge.bench.measuring import Measured, spread
+from expunge.data.pictures import read_picture
+from expunge.data.samples import Image, Role
 from expunge.metrics.modality import Asked, Change, by_modality, modality_matrix
 from expunge.metrics.vision import (
     Efficacy,
@@ -24,14 +30,44 @@ from expunge.metrics.vision import (
 )
 
 CUTS: tuple[Role, ...] = ("forget", "retain", "holdout")
+THUMBNAILS = 16  # forget samples whose picture is kept in the record, for the report to show beside the answers
+LARGEST = 64  # pixels of their longer side
 
 
 def images(desk: Desk) -> None:
-    """The metrics of classifiers, or the row of the modality matrix; nothing for a model of texts alone."""
+    """The metrics of classifiers, or CLEAR's and the row of the modality matrix; nothing for a model of texts alone."""
     if desk.own.modality == "classifier":
         classifier(desk)
     elif desk.own.modality == "multimodal":
+        clear(desk)
         crossing(desk)
+
+
+def thumbnails(desk: Desk, rows: Sequence[dict[str, Any]]) -> None:
+    """Put a small picture into the rows of some forget samples that the model answered, a classifier its class."""
+    pictured = {s.id: s.image for s in desk.own.samples["forget"] if s.image is not None}
+    own = [row for row in rows if row["role"] == "forget" and row["id"] in pictured]
+    for row in own:
+        if row["id"] in desk.own.predicted:
+            row["generated"] = f"class {desk.own.predicted[row['id']]}"
+    for row in spread([row for row in own if "generated" in row], THUMBNAILS):
+        if (picture := data_uri(pictured[row["id"]])) is not None:
+            row["image"] = picture
+
+
+def data_uri(image: Image) -> str | None:
+    """The picture as a PNG, at most ``LARGEST`` pixels a side, that a page can hold; None for a vector of features."""
+    from PIL import Image as Pillow
+
+    pixels = image if isinstance(image, np.ndarray) else read_picture(Path(image), f"'{image}'")
+    if min(pixels.shape[:2]) < 2:
+        return None
+    flat = pixels[:, :, 0] if pixels.shape[2:] == (1,) else pixels
+    picture = Pillow.fromarray(np.ascontiguousarray(flat)).convert("RGB")
+    picture.thumbnail((LARGEST, LARGEST))
+    stream = io.BytesIO()
+    picture.save(stream, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
 # -- classifiers ---------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from expunge.attacks.relearning import relearn, split
 from expunge.data.samples import ROLES, Dataset, Modality, Role, Sample
 from expunge.errors import UserError
 from expunge.methods.retrain import from_scratch
+from expunge.metrics.clear import kind_of, swapped
 from expunge.metrics.tofu import wanted
 from expunge.metrics.vision import jensen_shannon
 from expunge.models.adapter import Adapter, Batch, Head, Positions
@@ -99,6 +100,8 @@ class Measured:
     forget: Pass
     probes: dict[Role, list[Signals]] = field(default_factory=dict)
     generated: dict[Role, dict[str, str]] = field(default_factory=dict)  # sample id -> answer
+    swapped: dict[Role, dict[str, str]] = field(default_factory=dict)  # the same with another subject's picture
+    predicted: dict[str, int] = field(default_factory=dict)  # likeliest class, by forget sample id
     perplexity: dict[str, float] = field(default_factory=dict)  # of the forget answers, under the model itself
     randomness: dict[str, float] = field(default_factory=dict)  # 1 - JS to random weights, by forget sample id
     relearned: list[Signals] = field(default_factory=list)  # of the forget samples that were not learnt again
@@ -150,10 +153,28 @@ def spread(samples: Sequence[Sample], most: int) -> list[Sample]:
     return [samples[i * len(samples) // most] for i in range(most)]
 
 
+def evenly(samples: Sequence[Sample], most: int) -> list[Sample]:
+    """At most ``most`` samples (0 = all), as many of each kind of question, spread over each; the order stays.
+
+    Questions about pictures come in turns (caption, name, caption, …): every second sample would be of one kind. Those
+    with wrong answers beside them are a kind of their own, since only they have a truth ratio.
+    """
+    kinds: dict[tuple[str, bool], list[Sample]] = {}
+    for sample in samples:
+        probed = sample.image is not None and bool(sample.probes_of("perturbed"))
+        kinds.setdefault((kind_of(sample), probed), []).append(sample)
+    left, picked = most or len(samples), set[str]()
+    for turn, own in enumerate(sorted(kinds.values(), key=len)):  # a small kind leaves its share to the others
+        share = min(len(own), -(-left // (len(kinds) - turn)))
+        left -= share
+        picked |= {s.id for s in spread(own, share)} if share else set()
+    return [s for s in samples if s.id in picked]
+
+
 def chosen(dataset: Dataset, options: EvaluateOptions) -> dict[Role, list[Sample]]:
     """The samples of each role that are measured; roles without samples are left out."""
     limit = options.limit or 0
-    picked = {role: spread(dataset[role], 0 if role == "forget" else limit) for role in ROLES}
+    picked = {role: evenly(dataset[role], 0 if role == "forget" else limit) for role in ROLES}
     return {role: samples for role, samples in picked.items() if samples}
 
 
@@ -281,17 +302,19 @@ def _probes(found: Measured, model: nn.Module, adapter: Adapter, options: Evalua
 
 
 def _randomness(found: Measured, model: nn.Module, adapter: Adapter) -> None:
-    """How close a classifier is to random weights on forget: the same weights for every model."""
+    """The classes that a classifier sees in forget, and how close it is to random weights, the same for every model."""
     if found.modality != "classifier":
         return
+    samples = found.samples["forget"]
+    own = class_probabilities(model, adapter, samples)
+    found.predicted = {s.id: int(best) for s, best in zip(samples, own.argmax(axis=1), strict=True)}
     try:
         teacher = from_scratch(model, SPLIT_SEED)
     except (AttributeError, TypeError):
         found.skipped["zrf"] = "the model cannot be built anew from its configuration"
         return
-    samples = found.samples["forget"]
-    said = [class_probabilities(m, adapter, samples) for m in (model, teacher)]
-    found.randomness = {s.id: float(1 - js) for s, js in zip(samples, jensen_shannon(*said), strict=True)}
+    random = class_probabilities(teacher, adapter, samples)
+    found.randomness = {s.id: float(1 - js) for s, js in zip(samples, jensen_shannon(own, random), strict=True)}
 
 
 def _generations(
@@ -308,11 +331,16 @@ def _generations(
         return
     progress.log("message", text="generating answers")
     for role in GENERATED_ROLES:
-        asked = spread(found.samples.get(role, []), options.generations or 0)
+        asked = evenly(found.samples.get(role, []), options.generations or 0)
         asked = [s for s in asked if s.prompt]  # a document has no question to answer
-        if asked:
-            answers = adapter.generate(model, asked, options.max_new_tokens)
-            found.generated[role] = {s.id: a for s, a in zip(asked, answers, strict=True)}
+        if not asked:
+            continue
+        answers = adapter.generate(model, asked, options.max_new_tokens)
+        found.generated[role] = {s.id: a for s, a in zip(asked, answers, strict=True)}
+        pictured = [s for s in asked if s.image is not None]
+        if role != "utility" and len({s.subject for s in pictured}) > 1:
+            answers = adapter.generate(model, swapped(pictured), options.max_new_tokens)
+            found.swapped[role] = {s.id: a for s, a in zip(pictured, answers, strict=True)}
     if not found.generated:
         for name in ("rouge_l", "kfr", "krr", "ls"):
             found.skipped[name] = "no sample has a prompt to answer"

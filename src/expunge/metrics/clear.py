@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scipy.spatial.distance import jensenshannon
 from scipy.special import softmax
 
+from expunge.data.portrait_words import CAPTION_PROMPTS, NAME_PROMPT
 from expunge.data.samples import Sample
 from expunge.errors import UserError, unknown
 from expunge.metrics.registry import metric
@@ -39,6 +40,7 @@ from expunge.stats import LEVEL, RESAMPLES, Estimate, Groups, bootstrap_mean, bo
 
 Floats = NDArray[np.float64]
 Part = Literal["prob", "rouge", "truth_ratio"]
+Kind = Literal["caption", "face", "question", "text"]
 PAPER: tuple[Part, ...] = get_args(Part)
 TABLES: tuple[Part, ...] = ("prob", "truth_ratio")  # what the code that prints the paper's tables averages
 REAL, RETAIN, FORGET = ("real_faces", "real_world"), ("retain", "retain_facerec"), ("forget", "forget_facerec")
@@ -46,6 +48,16 @@ OPTIONS = (*REAL, "retain_facerec", "forget_facerec")  # sets whose wrong answer
 
 
 # -- the six sets --------------------------------------------------------------------------------------------------
+
+
+def kind_of(sample: Sample) -> Kind:
+    """What CLEAR asks with a sample: a picture's caption, the name of the face on it, anything else that it shows, or
+    a question in words alone."""
+    if sample.image is None:
+        return "text"
+    if sample.prompt == NAME_PROMPT:
+        return "face"
+    return "caption" if sample.prompt in CAPTION_PROMPTS else "question"
 
 
 def clear_set(
@@ -71,7 +83,7 @@ def clear_set(
 
 @dataclass(frozen=True, slots=True)
 class ClearScore:
-    """A score of one model; with a reference, also how far the two are apart, on the same draws of subjects."""
+    """A score of one model; with references, also how far it is from their mean, on the same draws of subjects."""
 
     value: Estimate
     gap: Estimate | None = None
@@ -104,7 +116,7 @@ def _clear_score(
     name: str,
     wanted: Sequence[str],
     sets: Mapping[str, TofuSet],
-    reference: Mapping[str, TofuSet] | None,
+    references: Sequence[Mapping[str, TofuSet]],
     parts: Sequence[Part],
     level: float,
     resamples: int,
@@ -124,15 +136,21 @@ def _clear_score(
     value, draws_R = float(harmonic_mean(mean_1T)[0]), harmonic_mean(draws_RT)
     bounds = percentile_interval(draws_R, level) if several else unknown_bounds
     found = Estimate(value, *bounds, num, definition)
-    if reference is None:
+    if not references:
         return ClearScore(found)
-    theirs = {n: reference[n] for n in chosen if n in reference}
-    if [len(s.loss_N) for s in theirs.values()] != [len(s.loss_N) for s in chosen.values()]:
-        raise UserError(f"{name}: the reference was not measured on the same items: use one dataset for both models.")
-    other_1T, others_RT = _terms(theirs, parts, score, resamples, seed)
-    apart = value - float(harmonic_mean(other_1T)[0])
-    bounds = percentile_interval(draws_R - harmonic_mean(others_RT), level) if several else unknown_bounds
-    gap = Estimate(apart, *bounds, num, definition.replace(name, f"{name}-gap")).distance_from(0.0)
+    means, others = [], []
+    for reference in references:
+        theirs = {n: reference[n] for n in chosen if n in reference}
+        if [len(s.loss_N) for s in theirs.values()] != [len(s.loss_N) for s in chosen.values()]:
+            raise UserError(
+                f"{name}: the reference was not measured on the same items: use one dataset for both models."
+            )
+        other_1T, others_RT = _terms(theirs, parts, score, resamples, seed)
+        means.append(float(harmonic_mean(other_1T)[0]))
+        others.append(harmonic_mean(others_RT))
+    bounds = percentile_interval(draws_R - np.mean(others, axis=0), level) if several else unknown_bounds
+    gap_name = definition.replace(name, f"{name}-gap")
+    gap = Estimate(value - float(np.mean(means)), *bounds, num, gap_name).distance_from(0.0)
     return ClearScore(found, gap)
 
 
@@ -145,7 +163,7 @@ def _clear_score(
 )
 def clear_real(
     sets: Mapping[str, TofuSet],
-    reference: Mapping[str, TofuSet] | None = None,
+    references: Sequence[Mapping[str, TofuSet]] = (),
     parts: Sequence[Part] = PAPER,
     *,
     level: float = LEVEL,
@@ -156,7 +174,7 @@ def clear_real(
 
     Other knowledge than the private one: it falls when forgetting damages the model. One part near 0 hides the rest.
     """
-    return _clear_score("clear_real", REAL, sets, reference, parts, level, resamples, seed)
+    return _clear_score("clear_real", REAL, sets, references, parts, level, resamples, seed)
 
 
 @metric(
@@ -168,7 +186,7 @@ def clear_real(
 )
 def clear_retain(
     sets: Mapping[str, TofuSet],
-    reference: Mapping[str, TofuSet] | None = None,
+    references: Sequence[Mapping[str, TofuSet]] = (),
     parts: Sequence[Part] = PAPER,
     *,
     level: float = LEVEL,
@@ -176,7 +194,7 @@ def clear_retain(
     seed: int = 0,
 ) -> ClearScore:
     """What the model still says of the people that stay, and whether it still names their faces."""
-    return _clear_score("clear_retain", RETAIN, sets, reference, parts, level, resamples, seed)
+    return _clear_score("clear_retain", RETAIN, sets, references, parts, level, resamples, seed)
 
 
 @metric(
@@ -188,7 +206,7 @@ def clear_retain(
 )
 def clear_forget(
     sets: Mapping[str, TofuSet],
-    reference: Mapping[str, TofuSet] | None = None,
+    references: Sequence[Mapping[str, TofuSet]] = (),
     parts: Sequence[Part] = PAPER,
     *,
     level: float = LEVEL,
@@ -199,7 +217,7 @@ def clear_forget(
 
     A broken model scores 0 and is best by the paper's reading; the gap is then as large as the reference's score.
     """
-    return _clear_score("clear_forget", FORGET, sets, reference, parts, level, resamples, seed)
+    return _clear_score("clear_forget", FORGET, sets, references, parts, level, resamples, seed)
 
 
 # -- forget quality ------------------------------------------------------------------------------------------------
