@@ -29,6 +29,23 @@ def check_ranges(options: Any, ranges: Ranges) -> None:
                 raise UserError(f"{name} = {value} cannot be: give {allowed}.")
 
 
+def name_and_settings(item: str, kind: str, example: str) -> tuple[str, dict[str, str]]:
+    """``name:key=value;key=value``, where the name may be ``FILE.py:NAME``, cut into name and settings.
+
+    Raises:
+        UserError: a setting that is not key=value.
+    """
+    cut = item.find(":", item.find(".py:") + 4 if ".py:" in item else 0)
+    name, settings = (item, "") if cut < 0 else (item[:cut], item[cut + 1 :])
+    values: dict[str, str] = {}
+    for pair in filter(None, settings.split(";")):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"{kind} setting '{pair}' is not key=value: write for example {example}.")
+        values[key.strip()] = value.strip()
+    return name.strip(), values
+
+
 def configure(options: type[Any], values: Mapping[str, Any], kind: str) -> Any:
     """``options(**values)`` with strings read as the field's type.
 

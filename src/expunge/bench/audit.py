@@ -24,6 +24,7 @@ from expunge.data.samples import Dataset, Role, Sample
 from expunge.errors import UserError, unknown
 from expunge.files import digest_file, digest_folder
 from expunge.models.load import Loaded, load_model
+from expunge.options import name_and_settings
 from expunge.progress import Progress
 from expunge.runs import Run
 from expunge.signals.cache import SignalCache
@@ -85,13 +86,7 @@ def parse_attacks(text: str) -> list[tuple[str, dict[str, str]]]:
     """
     found: list[tuple[str, dict[str, str]]] = []
     for item in filter(None, (raw.strip() for raw in text.split(","))):
-        name, _, settings = item.partition(":") if ".py:" not in item else (item, "", "")
-        values: dict[str, str] = {}
-        for pair in filter(None, settings.split(";")):
-            key, equals, value = pair.partition("=")
-            if not equals:
-                raise UserError(f"attack option '{pair}' is not key=value: write for example recall:shots=5.")
-            values[key.strip()] = value.strip()
+        name, values = name_and_settings(item, "attack", "recall:shots=5")
         if any(name == other for other, _ in found):
             raise UserError(f"attack '{name}' is named twice: name it once.")
         found.append((name, values))

@@ -13,7 +13,7 @@ from expunge.errors import UserError, unknown
 from expunge.methods.compose import chain
 from expunge.methods.registry import Method, all_methods, get_method
 from expunge.methods.scope import Scope, get_scope
-from expunge.options import option
+from expunge.options import name_and_settings, option
 
 # Settings that every method has.
 SCOPE = "scope"
@@ -117,13 +117,7 @@ def parse_method(item: str) -> Entry:
     Raises:
         UserError: see :func:`parse_methods`.
     """
-    name, _, settings_text = item.partition(":") if ".py:" not in item else (item, "", "")
-    settings: dict[str, str] = {}
-    for pair in filter(None, settings_text.split(";")):
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"method setting '{pair}' is not key=value: write for example npo:beta=0.05;retain=kl.")
-        settings[key.strip()] = value.strip()
+    name, settings = name_and_settings(item, "method", "npo:beta=0.05;retain=kl")
     return entry_of(item, name, settings)
 
 
