@@ -17,8 +17,9 @@ from expunge.data.samples import Sample
 from expunge.errors import UserError
 from expunge.methods.cluster import edit as edit_module
 from expunge.methods.cluster.edit import EditPlan, divergence
+from expunge.methods.cluster.labels import layer_states
 from expunge.methods.cluster.layers import linear_layers, output_gradients, recorded
-from expunge.methods.cluster.localise import choose_scope, layer_states
+from expunge.methods.cluster.localise import choose_scope
 from expunge.methods.cluster.method import anchor_of, build_targets, chosen_members
 from expunge.methods.cluster.options import ClusterOptions
 from expunge.methods.cluster.targets import Targets
@@ -397,7 +398,8 @@ def test_spectral_groups_on_images(where: str) -> None:
     settings = {"groups": "spectral", "clusters": 3, "steps": 12, "other_learning_rate": 5e-3, "cluster_tokens": 300}
     outcome = run(here.context(), **settings)
     assert outcome.record["scope"]["clusters"] == 3 and rise(outcome, here) > 0.05
-    assert not any("vision" in n or "projector" in n for n in outcome.record["scope"]["influence_by_layer"])
+    parts = outcome.record["scope"]["parts"]
+    assert sum(part["influence"] for part in parts) == pytest.approx(1)
 
 
 def test_a_sample_without_an_answer_is_no_obstacle() -> None:

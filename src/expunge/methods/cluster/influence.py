@@ -71,10 +71,11 @@ def _token_passes(
     model.eval()
     try:
         for group, batch in passes(model, adapter, samples, max_tokens):
+            own = [samples[i] for i in group]
             with torch.enable_grad(), recorded(layers) as calls:
                 positions = forward(model, adapter, batch)
-                loss = term.weight * term.values(View(positions, [samples[i] for i in group])).sum() / units
-            for found in placed_calls(batch, output_gradients(loss, calls)):
+                loss = term.weight * term.values(View(positions, own)).sum() / units
+            for found in placed_calls(batch, own, output_gradients(loss, calls)):
                 yield group, *found
     finally:
         model.train(was_training)

@@ -175,12 +175,14 @@ def kfac_factors(
     try:
         with torch.enable_grad():
             for _ in range(draws):
-                for _, batch in passes(model, adapter, samples, max_tokens):
+                for group, batch in passes(model, adapter, samples, max_tokens):
                     with recorded(layers) as calls:
                         positions = forward(model, adapter, batch)
                         loss = curvature_loss(positions, metric, generator)
                     targets += batch.targets_N.numel()
-                    for name, x_MI, d_MO, _, _ in placed_calls(batch, output_gradients(loss, calls)):
+                    for name, x_MI, d_MO, _, _ in placed_calls(
+                        batch, [samples[i] for i in group], output_gradients(loss, calls)
+                    ):
                         sums_II[name].addmm_(x_MI.T, x_MI)
                         sums_OO[name].addmm_(d_MO.T, d_MO)
                         tokens[name] += len(x_MI)

@@ -31,6 +31,7 @@ class Layer:
     name: str
     module: Any  # nn.Linear, transformers' Conv1D or nn.Conv2d
     kind: Kind
+    images: bool = False  # beside a language model: sees the images of a batch, one after another, not its tokens
 
     @property
     def weight(self) -> nn.Parameter:

@@ -1,16 +1,16 @@
 """Where the edit may act: token clusters × layers, ranked by their share of the influence on the forget objective.
 
-The clusters come from one middle block's states, so that they partition the tokens of every linear layer of the
-language model alike; layers that see other tokens (convolutions of several resolutions) get clusters of their own
-output states. Forget gradients then reach the weights of a layer only through tokens of its chosen clusters; retain
-gradients are not restricted, and a layer without a chosen cluster is frozen.
+Which tokens form a cluster is the work of ``labels.py``. Forget gradients reach the weights of a layer only through
+tokens of its chosen clusters; retain gradients are not restricted, and a layer without a chosen cluster is frozen. Of
+a vision-language model the smallest set of towers is edited that has enough of the influence; the other one stays bit
+for bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,23 +20,22 @@ from torch import Tensor, nn
 from expunge.data.samples import Sample
 from expunge.errors import UserError
 from expunge.methods.cluster.edit import divergence
-from expunge.methods.cluster.influence import Influence, choose, cluster_shares, random_choice, token_influence
+from expunge.methods.cluster.influence import choose, cluster_shares, random_choice, token_influence
 from expunge.methods.cluster.kfac import Factor, kfac_factors, refresher
+from expunge.methods.cluster.labels import Part, label_tokens
 from expunge.methods.cluster.layers import Layer, linear_layers, restricted_gradient
 from expunge.methods.cluster.lowrank import null_space, truncated
 from expunge.methods.cluster.optimizer import KFACOptimizer
 from expunge.methods.cluster.options import ClusterOptions
-from expunge.methods.cluster.partition import Clustering, all_in_one, kmeans_groups, random_groups
-from expunge.methods.cluster.spectral import spectral_clustering
 from expunge.methods.cluster.targets import Targets
-from expunge.methods.cluster.tokens import Gathered, TokenTable, forward, passes, placed, token_states
+from expunge.methods.cluster.tokens import TokenTable
 from expunge.methods.registry import Context
 from expunge.models.adapter import Adapter, evaluating
+from expunge.models.towers import TOWERS, modules_of, parameters_of
 from expunge.training.terms import Term
 
 FACTOR_SAMPLES = 64  # retain samples that one estimate of the curvature reads
 PROJECT_EVERY = 5  # steps between projections onto the allowed rank
-FEW_TOKENS = 60  # below this a clustering is not worth its name: one group
 
 
 @dataclass
@@ -50,13 +49,15 @@ class Scope:
     labels: Mapping[str, np.ndarray] = field(default_factory=dict)
     number: dict[str, int] = field(default_factory=dict)  # forget sample id -> row in the tables
     factors: dict[str, Factor] = field(default_factory=dict)
+    spared: set[str] = field(default_factory=set)  # parameters of a tower that nothing may move
     record: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @contextmanager
     def frozen(self, model: nn.Module) -> Iterator[None]:
-        """Layers without a chosen cluster take no part; everything is trainable again afterwards."""
+        """Layers without a chosen cluster, and spared parameters, take no part; afterwards all is as it was."""
         stopped = [] if self.chosen is None else [ly.weight for n, ly in self.layers.items() if not self.chosen.get(n)]
+        stopped += [p for n, p in model.named_parameters() if n in self.spared and p.requires_grad]
         for weight in stopped:
             weight.requires_grad_(False)
         try:
@@ -70,26 +71,23 @@ class Scope:
         if self.chosen is None or not any(role == "forget" for role, _ in flat):
             return nullcontext()
         active = {n: ly for n, ly in self.layers.items() if self.chosen.get(n)}
-        rows = [self.number.get(s.id, -1) if role == "forget" else -1 for role, s in flat]
-        others = torch.tensor([row < 0 for row in rows])
         width = max(self.adapter.num_tokens(s) for _, s in flat)
         masks: dict[str, Tensor] = {}
         made: dict[tuple[int, tuple[int, ...]], Tensor] = {}  # layers that share tokens and clusters share the mask
-        for name in active:
+        for name, layer in active.items():
             table, labels_N = self.tables[name], self.labels[name]
-            places = self._places(table, width)
             key = (id(labels_N), tuple(self.chosen[name]))
             if key not in made:
+                seen = [(role, s) for role, s in flat if s.image is not None] if layer.images else flat
+                rows = [self.number.get(s.id, -1) if role == "forget" else -1 for role, s in seen]
+                # A text batch is as wide as its longest sample; an image has as many places in every sample.
+                places = int(table.col_N.max()) + 1 if layer.images or self.adapter.modality == "classifier" else width
                 grid_BT = table.grid(labels_N, rows, places)
                 mask_BT = torch.isin(grid_BT, torch.tensor(self.chosen[name], dtype=grid_BT.dtype))
-                mask_BT[others] = True
+                mask_BT[torch.tensor([row < 0 for row in rows], dtype=torch.bool)] = True
                 made[key] = mask_BT
             masks[name] = made[key]
         return restricted_gradient(active, masks)
-
-    def _places(self, table: TokenTable, width: int) -> int:
-        # A text batch is as wide as its longest sample; an image layer has as many places for every sample.
-        return width if self.adapter.modality != "classifier" else int(table.col_N.max()) + 1
 
     def optimizers(
         self, model: nn.Module, options: ClusterOptions, context: Context
@@ -158,8 +156,10 @@ def choose_scope(context: Context, options: ClusterOptions, targets: Targets) ->
     model, adapter = context.model, context.adapter
     if options.null_space is not None and not context.retain:
         raise UserError("null_space needs retain samples, whose inputs it keeps off: add them, or leave it out.")
-    layers, _ = linear_layers(model, editable(model, adapter, context.forget[0]))
+    layers = editable(model, adapter, context.forget)
     scope = Scope(adapter, layers)
+    if adapter.modality == "multimodal":
+        spare_untrained(scope, context)
     unrestricted = options.reach >= 1 and not options.random_choice
     if unrestricted and options.null_space is None:
         return scope
@@ -169,7 +169,7 @@ def choose_scope(context: Context, options: ClusterOptions, targets: Targets) ->
         model,
         adapter,
         some or context.forget,
-        layers,
+        scope.layers,
         metric=options.kfac_metric,  # type: ignore[arg-type]
         damping=options.damping,
         seed=context.seed,
@@ -178,130 +178,133 @@ def choose_scope(context: Context, options: ClusterOptions, targets: Targets) ->
         return scope
 
     term = Term("forget", "forget", "token", lambda view: targets.compare(view, divergence(options)))
-    influence = token_influence(model, adapter, context.forget, layers, scope.factors, term)
+    influence = token_influence(model, adapter, context.forget, scope.layers, scope.factors, term)
     scope.number = {s.id: i for i, s in enumerate(context.forget)}
     scope.tables = influence.tables
-    found = label_tokens(context, options, influence, layers, some)
-    scope.labels = {name: labels for name, (labels, _) in found.items()}
-    clusters = max(c.clusters for _, c in found.values())
-    shares = cluster_shares(influence, scope.labels, clusters)
-    groups = choose(shares, options.reach)
+    scope.labels, parts = label_tokens(context, options, influence, scope.layers, some)
+    shares = cluster_shares(influence, scope.labels, max(part.first + part.count for part in parts))
+    within = shares
+    if adapter.modality == "multimodal":
+        within = in_towers(scope, context, shares, options.reach)
+    groups = choose(within, options.reach)
     if options.random_choice:
-        groups = random_choice(shares, len(groups), context.seed)
+        groups = random_choice(within, len(groups), context.seed)
     scope.chosen = {}
     for name, cluster in groups:
         scope.chosen.setdefault(name, []).append(cluster)
-    first = next(iter(found.values()))[1]
-    possible = sum(int((s != 0).sum()) for s in shares.values())
-    kept = [float(np.isin(scope.labels[n], scope.chosen.get(n, [])).mean()) for n in scope.labels]
-    scope.record = {
-        "groups": options.groups,
-        "clusters": first.clusters,
-        "eigenvalue_residual": first.residual,
-        "stability": first.stability,
-        "groups_chosen": len(groups),
-        "groups_possible": possible,
-        "layers_chosen": len(scope.chosen),
-        "layers": len(layers),
-        "share_of_token_places": float(np.mean(kept)),
-        "influence_by_layer": {n: float(s.sum()) for n, s in shares.items()},
-        "tree": first.tree.tolist(),
-    }
-    scope.notes.append(
-        f"edited through {len(groups)} of {possible} layer × cluster groups ({first.clusters} token clusters), "
-        f"{np.mean(kept):.0%} of the forget tokens' places"
-    )
+    _describe(scope, options, shares, parts)
     return scope
 
 
-def editable(model: nn.Module, adapter: Adapter, sample: Sample) -> Callable[[str], bool]:
-    """Which layers, by name, see the tokens of a batch and nothing else.
+def editable(model: nn.Module, adapter: Adapter, samples: Sequence[Sample]) -> dict[str, Layer]:
+    """The layers whose tokens can be told apart: all but the head, which is asked about one role's targets at a time.
 
-    Towers and projectors see images. The head is asked about the target positions of one role at a time.
+    Of a vision-language model the layers that see images are marked; without an image in ``samples`` they are left
+    out, since nothing could be forgotten through them.
     """
     with evaluating(model):
-        head = {id(m) for m in adapter.positions(model, [sample]).head.module.modules()}
-    towers = ("vision", "projector") if adapter.modality == "multimodal" else ()
-    return lambda name: id(model.get_submodule(name)) not in head and not any(t in name for t in towers)
+        head = {id(m) for m in adapter.positions(model, samples[:1]).head.module.modules()}
+    sees = modules_of(model, "vision") if adapter.modality == "multimodal" else set()
+    blind = all(s.image is None for s in samples)
+
+    def wanted(name: str) -> bool:
+        place = id(model.get_submodule(name))
+        return place not in head and not (blind and place in sees)
+
+    layers, _ = linear_layers(model, wanted)
+    return {n: replace(layer, images=True) if id(layer.module) in sees else layer for n, layer in layers.items()}
 
 
-def label_tokens(
-    context: Context,
-    options: ClusterOptions,
-    influence: Influence,
-    layers: Mapping[str, Layer],
-    some: Sequence[Sample],
-) -> dict[str, tuple[np.ndarray, Clustering]]:
-    """Per layer: the cluster of every forget token of its table, and the clustering."""
-    model, adapter = context.model, context.adapter
-    names = list(influence.tables)
-    first = influence.tables[names[0]]
-    shared = all(table.same(first) for table in influence.tables.values()) and adapter.modality != "classifier"
-    middle = adapter.blocks(model)[len(adapter.blocks(model)) // 2]
-
-    def states_of(samples: Sequence[Sample], place: str) -> tuple[TokenTable, np.ndarray]:
-        if not shared:
-            return layer_states(model, adapter, samples, layers[place])
-        table, states = token_states(model, adapter, samples, {place: middle})
-        return table, states[place]
-
-    found: dict[str, tuple[np.ndarray, Clustering]] = {}
-    for place in ["middle"] if shared else names:
-        table, states_ND = states_of(context.forget, place)
-        others_MD = states_of(some, place)[1] if some else None
-        clustering = cluster_states(states_ND, others_MD, options, context.seed)
-        labels_N = np.zeros(len(table), dtype=np.int64) if clustering.kind == "one" else clustering.assign(states_ND)
-        for name in names if shared else [place]:
-            if not influence.tables[name].same(table):  # positions after the last target have no influence
-                labels_N = _aligned(table, labels_N, influence.tables[name])
-                table = influence.tables[name]
-            found[name] = (labels_N, clustering)
-    return found
+def spare_untrained(scope: Scope, context: Context) -> None:
+    """Leave a tower alone that cannot hold the data: it is the base's to the bit, or saw no forget image."""
+    model = context.model
+    base = dict(context.base().named_parameters()) if context.base is not None else {}
+    own = dict(model.named_parameters())
+    spared: list[str] = []
+    for tower in TOWERS:
+        names = parameters_of(model, tower)
+        if names and all(n in base and torch.equal(own[n].detach(), base[n].to(own[n])) for n in names):
+            spared.append(tower)
+    if len(spared) == len(TOWERS):  # the base itself: nothing can be said from its weights
+        spared = []
+    scope.notes += [f"the {t} tower is the base's to the bit: it holds nothing and stays as it is" for t in spared]
+    if "vision" not in spared and not any(layer.images for layer in scope.layers.values()):
+        spared.append("vision")  # no forget sample has an image
+    _spare(scope, model, spared)
 
 
-def layer_states(
-    model: nn.Module, adapter: Adapter, samples: Sequence[Sample], layer: Layer
-) -> tuple[TokenTable, np.ndarray]:
-    """Outputs of one layer, (N, O), at the tokens that it sees: the places of an image in a convolution."""
-    seen: list[Tensor] = []
-    gathered = Gathered.empty()
-    handle = layer.module.register_forward_hook(lambda _module, _inputs, y: seen.append(layer.outputs(y)))
-    try:
-        with evaluating(model):
-            for group, batch in passes(model, adapter, samples, max_tokens=4096):
-                seen.clear()
-                forward(model, adapter, batch)
-                for states in seen:
-                    row, col, real = (t.cpu().numpy() for t in placed(batch, states.shape[:-1], layer.name))
-                    values = states.flatten(0, -2).float().cpu().numpy()
-                    gathered.add(np.asarray(group)[row[real]], col[real], values[real])
-    finally:
-        handle.remove()
-    return gathered.table()
+def in_towers(scope: Scope, context: Context, shares: Mapping[str, np.ndarray], reach: float) -> dict[str, np.ndarray]:
+    """The shares in the smallest set of towers that has ``reach`` of the influence; the other tower is spared."""
+    total = dict.fromkeys(TOWERS, 0.0)
+    for name, share_K in shares.items():
+        total[_tower(scope.layers[name])] += float(share_K.sum())
+    largest = max(TOWERS, key=lambda tower: total[tower])
+    if total[largest] < reach - 1e-9:
+        return dict(shares)
+    _spare(scope, context.model, [tower for tower in TOWERS if tower != largest])
+    return {name: share_K for name, share_K in shares.items() if name in scope.layers}
 
 
-def cluster_states(
-    forget_ND: np.ndarray, others_MD: np.ndarray | None, options: ClusterOptions, seed: int
-) -> Clustering:
-    """The clustering of a sample of forget and retain states that ``options`` ask for."""
-    rng = np.random.default_rng(seed)
-    half = options.cluster_tokens // 2
-    parts = [forget_ND[rng.permutation(len(forget_ND))[:half]]]
-    if others_MD is not None:
-        parts.append(others_MD[rng.permutation(len(others_MD))[:half]])
-    states_ND = np.concatenate(parts)
-    if options.groups == "all" or len(states_ND) < FEW_TOKENS:
-        return all_in_one(len(states_ND))
-    if options.groups == "spectral":
-        return spectral_clustering(states_ND, clusters=options.clusters, seed=seed)
-    clusters = options.clusters or spectral_clustering(states_ND, seed=seed).clusters  # as many as the method's own
-    if options.groups == "kmeans":
-        return kmeans_groups(states_ND, clusters, seed)
-    return random_groups(len(states_ND), clusters, seed)
+def _spare(scope: Scope, model: nn.Module, towers: Sequence[str]) -> None:
+    for tower in towers:
+        scope.spared |= parameters_of(model, tower)
+    scope.layers = {n: layer for n, layer in scope.layers.items() if _tower(layer) not in towers}
 
 
-def _aligned(table: TokenTable, labels_N: np.ndarray, wanted: TokenTable) -> np.ndarray:
-    """Labels of the tokens of ``wanted``, all of which stand in ``table``."""
-    keys = table.sample_N.astype(np.int64) << 32 | table.col_N
-    asked = wanted.sample_N.astype(np.int64) << 32 | wanted.col_N
-    return np.asarray(labels_N[np.searchsorted(keys, asked)])
+def _tower(layer: Layer) -> str:
+    return "vision" if layer.images else "language"
+
+
+def _describe(scope: Scope, options: ClusterOptions, shares: Mapping[str, np.ndarray], parts: Sequence[Part]) -> None:
+    """Fill in the record and the notes: how much influence each kind of token has where, and what is edited."""
+    assert scope.chosen is not None
+    kept = [float(np.isin(scope.labels[n], clusters).mean()) for n, clusters in scope.chosen.items()]
+    places = sum(kept) / len(scope.labels)
+    possible = sum(int((s != 0).sum()) for s in shares.values())
+    count = sum(len(clusters) for clusters in scope.chosen.values())
+    first = parts[0].clustering
+    scope.record = {
+        "groups": options.groups,
+        "clusters": first.clusters,
+        "groups_chosen": count,
+        "groups_possible": possible,
+        "layers_chosen": len(scope.chosen),
+        "layers": len(shares),
+        "share_of_token_places": places,
+        "influence_by_layer": {n: float(s.sum()) for n, s in shares.items()},
+        "parts": [_part(scope, part, shares) for part in parts],
+    }
+    scope.notes.append(
+        f"edited through {count} of {possible} layer × cluster groups ({first.clusters} token clusters), "
+        f"{places:.0%} of the forget tokens' places"
+    )
+    if scope.adapter.modality == "multimodal":
+        kinds: dict[str, float] = {}
+        for entry in scope.record["parts"]:
+            name = f"{entry['tokens']} tokens of the {entry['tower']} tower"
+            kinds[name] = kinds.get(name, 0.0) + entry["influence"]
+        edited = {_tower(scope.layers[n]) for n in scope.chosen}
+        scope.record["influence_by_modality"] = kinds
+        scope.record["towers"] = sorted(edited)
+        said = ", ".join(f"{share:.0%} {name}" for name, share in kinds.items())
+        what = "both towers" if len(edited) == len(TOWERS) else f"the {edited.pop()} tower alone"
+        scope.notes.append(f"influence of the forget data: {said}; {what} edited")
+
+
+def _part(scope: Scope, part: Part, shares: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    assert scope.chosen is not None
+    cut = slice(part.first, part.first + part.count)
+    share_K = np.sum([shares[n][cut] for n in part.layers], axis=0)
+    mine = set(range(part.first, part.first + part.count))
+    return {
+        "tower": part.tower,
+        "tokens": part.tokens,
+        "layers": len(part.layers),
+        "clusters": part.count,
+        "influence": float(share_K.sum()),
+        "influence_by_cluster": share_K.tolist(),
+        "groups_chosen": sum(len(mine & set(scope.chosen.get(n, ()))) for n in part.layers),
+        "eigenvalue_residual": part.clustering.residual,
+        "stability": part.clustering.stability,
+        "tree": part.clustering.tree.tolist(),
+    }

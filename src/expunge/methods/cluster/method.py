@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,11 +53,11 @@ def weights(model: nn.Module) -> State:
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-def blend(model: nn.Module, first: State, second: State, share: float) -> None:
-    """Set the parameters to share·first + (1 − share)·second."""
+def blend(model: nn.Module, first: State, second: State, share: float, spared: Collection[str] = ()) -> None:
+    """Set the parameters, but for the spared ones, to share·first + (1 − share)·second."""
     with torch.no_grad():
         for n, p in model.named_parameters():
-            if n in second and p.requires_grad:
+            if n in second and n not in spared and p.requires_grad:
                 p.copy_(share * first[n] + (1 - share) * second[n].to(p.device))
 
 
@@ -300,7 +300,7 @@ def run(context: Context, options: ClusterOptions) -> Outcome:
         targets.notes.append("no base was given: blind to what the original knew before the private data; the edit "
                              "starts from the original's own weights")  # fmt: skip
     elif anchor is not None and options.start < 1 and not is_lora(model):
-        blend(model, weights(model), weights(anchor), options.start)
+        blend(model, weights(model), weights(anchor), options.start, scope.spared)
     del anchor
     feeds = {"forget": Feed(context.forget)}
     if context.retain and options.retain != "none":

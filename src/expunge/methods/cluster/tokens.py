@@ -87,10 +87,18 @@ def forward(model: nn.Module, adapter: Adapter, batch: Batch) -> Positions:
     return Positions(hidden_ND, batch.targets_N, batch.sample_N, batch.num_samples, head)
 
 
-def placed(batch: Batch, lead: Sequence[int], what: str) -> tuple[Tensor, Tensor, Tensor]:
+def pictured(samples: Sequence[Sample]) -> Tensor:
+    """Rows of a batch of ``samples`` that have an image, (images,): a vision tower sees these alone, in this order."""
+    return torch.tensor([row for row, sample in enumerate(samples) if sample.image is not None], dtype=torch.long)
+
+
+def placed(
+    batch: Batch, lead: Sequence[int], what: str, images_I: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(row_M, col_M, real_M) of the tokens of a tensor with leading dimensions ``lead``, flattened.
 
-    Understood are (B, T) and (B, any places), (B·T,) and (targets,); padding is not real.
+    Understood are (B, T) and (B, any places), (B·T,) and (targets,); padding is not real. With ``images_I``, the rows
+    of the samples that have an image, the tensor is that of a vision tower: (images, any places).
 
     Raises:
         UserError: the tokens cannot be attributed, as in a layer that sees a routed subset.
@@ -98,6 +106,15 @@ def placed(batch: Batch, lead: Sequence[int], what: str) -> tuple[Tensor, Tensor
     device = batch.targets_N.device
     shape = tuple(lead)
     total = int(np.prod(shape))
+    if images_I is not None:
+        if shape[0] != len(images_I):
+            raise UserError(
+                f"'{what}' sees tokens of shape {shape} in a batch of {len(images_I)} images, which cannot be traced "
+                "to images: leave this tower out with scope=layers;scope.tower=language."
+            )
+        places = total // max(1, shape[0])
+        col_M = torch.arange(places, device=device).repeat(shape[0])
+        return images_I.to(device).repeat_interleave(places), col_M, torch.ones(total, dtype=torch.bool, device=device)
     mask_BT = batch.inputs.get("attention_mask")
     if len(shape) == 1 and total == batch.targets_N.numel():
         return batch.sample_N, batch.cols_N, torch.ones(total, dtype=torch.bool, device=device)
@@ -117,10 +134,15 @@ def placed(batch: Batch, lead: Sequence[int], what: str) -> tuple[Tensor, Tensor
 
 
 def placed_calls(
-    batch: Batch, found: Sequence[tuple[Call, Tensor, Tensor]]
+    batch: Batch, samples: Sequence[Sample], found: Sequence[tuple[Call, Tensor, Tensor]]
 ) -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor]]:
-    """(layer, x_MI, d_MO, row_M, col_M) for the real tokens of recorded calls; chunks of a head are joined."""
+    """(layer, x_MI, d_MO, row_M, col_M) for the real tokens of recorded calls; chunks of a head are joined.
+
+    ``samples`` are those of the batch.
+    """
     by_layer: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    images_I = pictured(samples)
+    towered = {call.layer.name for call, _, _ in found if call.layer.images}
     for call, x, d in found:
         by_layer.setdefault(call.layer.name, []).append((x, d))
     for name, parts in by_layer.items():
@@ -128,7 +150,7 @@ def placed_calls(
         if len(chunks) == len(parts) > 1 and sum(len(x) for x, _ in chunks) == batch.targets_N.numel():
             parts = [(torch.cat([x for x, _ in chunks]), torch.cat([d for _, d in chunks]))]  # noqa: PLW2901
         for x, d in parts:
-            row_M, col_M, real_M = placed(batch, d.shape[:-1], name)
+            row_M, col_M, real_M = placed(batch, d.shape[:-1], name, images_I if name in towered else None)
             yield name, x.flatten(0, -2)[real_M], d.flatten(0, -2)[real_M], row_M[real_M], col_M[real_M]
 
 
