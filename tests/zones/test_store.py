@@ -19,6 +19,7 @@ from expunge.signals.forward import collect
 from expunge.zones.model import ZonedModel
 from expunge.zones.storage import block_name, destroy_key, key_file, pack_block, seal, unpack_block, unseal
 from expunge.zones.store import TAIL, WINDOW
+from expunge.zones.zone import Routes, Seen
 from zone_cases import adapter, base, document, private, probes, public, world, zone_of, zoned
 
 torch.set_num_threads(1)
@@ -77,6 +78,53 @@ def test_the_mixture_is_what_it_is_defined_as() -> None:
             logits_TV = model(input_ids=torch.tensor([coded.ids])).logits[0]
         for t in range(coded.first - 1, len(coded.ids) - 1, 3):
             assert logits_TV[t].numpy() == pytest.approx(slow_log_probs(s, t), abs=2e-3)
+
+
+def test_votes_are_a_plain_count_of_the_nearest_rows_whatever_else_is_asked() -> None:
+    """Ties, repeated tokens and padding included: a stable sort and a dictionary of sums, position by position."""
+    zone = zone_of(private())
+    asked = [private()[1], private()[6], probes(private())[3]]
+    batch = adapter().collate(asked)
+    with torch.no_grad():
+        out = world()[0].model(**batch.inputs, output_hidden_states=True)
+    ids_BS, mask_BS = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+    subject = asked[0].subject
+    routes = Routes.of([subject], np.where(mask_BS.numpy() > 0, 0, -1))
+    seen = Seen(world()[0].model, ids_BS, mask_BS, out.hidden_states, out.logits.log_softmax(-1), routes)
+    place_M = routes.opened[0]
+    votes = zone.votes(seen, subject, place_M)
+    rows = zone.blocks[subject].sorted()
+    tokens_R = np.concatenate([r.tensors["values"] for r in rows])
+    keys_RK = np.concatenate([r.tensors["keys"] for r in rows]).astype(float)
+    arrays, constants = zone.public.arrays, zone.public.constants
+    idf2_V = np.square(arrays["idf"].astype(float))
+    ends = [r.record.ids[:end] for r in rows for end in range(r.record.first, len(r.record.ids))]
+    for m, place in enumerate(place_M.tolist()):
+        b, t = divmod(place, ids_BS.shape[1])
+        line = ids_BS[b, : t + 1][mask_BS[b, : t + 1] > 0].tolist()
+        state = np.concatenate([out.hidden_states[layer][b, t].numpy() for layer in constants["layers"]]).astype(float)
+        key = ((state - arrays["mean"]) / arrays["deviation"]) @ arrays["map"].astype(float)
+        near_R = keys_RK @ key / np.linalg.norm(keys_RK, axis=1) / np.linalg.norm(key)
+        bag = set(line[-WINDOW:])
+        score_R = near_R.copy()
+        for r, end in enumerate(ends):
+            other = set(end[-WINDOW:])
+            length = math.sqrt(sum(idf2_V[list(bag)]) * sum(idf2_V[list(other)]))
+            same = next((i for i in range(TAIL) if i >= min(len(line), len(end)) or line[-1 - i] != end[-1 - i]), TAIL)
+            score_R[r] += constants["beta"] * sum(idf2_V[list(bag & other)]) / max(length, 1e-12)
+            score_R[r] += constants["gamma"] * same / TAIL
+        nearest = np.argsort(-score_R, kind="stable")[: zone.options.neighbours]
+        weights = np.exp(constants["sharpness"] * (score_R[nearest] - score_R[nearest[0]]))
+        wanted: dict[int, float] = {}
+        for token, weight in zip(tokens_R[nearest].tolist(), (weights / weights.sum()).tolist(), strict=True):
+            wanted[token] = wanted.get(token, 0.0) + weight
+        for token, chance in wanted.items():
+            assert votes.of(np.full((len(place_M), 1), token))[m] == pytest.approx(chance, abs=2e-4)
+        assert votes.probs_MK[m].sum() == pytest.approx(1, abs=1e-5)
+        assert votes.key_M[m] == pytest.approx(near_R[nearest[0]], abs=1e-4)
+        for token in set(votes.tokens_MK[m].tolist()):  # all of a token's votes stand at its first place
+            at = np.flatnonzero(votes.tokens_MK[m] == token)
+            assert votes.probs_MK[m, at[0]] > 0 and (votes.probs_MK[m, at[1:]] == 0).all()
 
 
 def test_rows_are_one_per_target_token() -> None:
@@ -162,7 +210,7 @@ def test_without_its_key_a_block_is_closed_and_others_are_open(tmp_path: Path) -
     probs = {s.id: s.prob for s in collect(model, adapter(), private())}
     bare = {s.id: s.prob for s in collect(world()[0].model, adapter(), private())}
     for s in private():
-        assert probs[s.id] == pytest.approx(bare[s.id]) if s.subject == gone else probs[s.id] > 0.8
+        assert probs[s.id] == pytest.approx(bare[s.id]) if s.subject == gone else probs[s.id] > bare[s.id] + 0.5
     with pytest.raises(UserError, match="unknown subject"):
         destroy_key(keys, gone)
     again = save_model(Loaded(model, adapter(), ""), tmp_path / "again" / "model")

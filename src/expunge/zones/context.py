@@ -60,22 +60,12 @@ def row_keys(row: Row, public: Public) -> Array:
     return np.concatenate([row.tensors["states"].astype(np.int32), fixed(bags_NH, KEY_BITS)], axis=1)
 
 
-def query_keys(seen: Seen, rows_N: Tensor, cols_N: Tensor, public: Public) -> Array:
-    """Keys (N, E) int32 of positions (row, column of this pass), made as those of the rows."""
-    raw = {layer: seen.hidden[layer][rows_N, cols_N].detach().float().cpu().numpy() for layer in _layers(public)}
-    ids_BS, mask_BS = seen.ids_BS.cpu().numpy(), seen.mask_BS.cpu().numpy().astype(bool)
-    before = ids_BS.shape[1] - seen.log_probs_BTV.shape[1]
-    lines = []
-    for b, t in zip(rows_N.tolist(), cols_N.tolist(), strict=True):
-        end = before + t + 1
-        lines.append(ids_BS[b, :end][mask_BS[b, :end]])
-    bags_NH = _bags(lines, public.arrays["idf"])
+def query_keys(seen: Seen, place_N: Array, public: Public) -> Array:
+    """Keys (N, E) int32 of flat positions of this pass, made as those of the rows."""
+    layers = public.constants["layers"]
+    raw = dict(zip(layers, np.split(seen.states(layers, place_N), len(layers), axis=1), strict=True))
+    bags_NH = _bags(seen.lines(place_N), public.arrays["idf"])
     return np.concatenate([_states(raw, public).astype(np.int32), fixed(bags_NH, KEY_BITS)], axis=1)
-
-
-def _layers(public: Public) -> list[int]:
-    layers: list[int] = public.constants["layers"]
-    return layers
 
 
 def _states(raw: dict[int, Array], public: Public) -> Array:
@@ -115,16 +105,13 @@ def _hashes(vocab: int) -> tuple[Array, Array]:
     return _HASHED[vocab]
 
 
-def shifted(seen: Seen, shift: Callable[[str, Tensor, Tensor], Tensor]) -> Tensor:
-    """Log-probabilities (B, T, V), with ``shift(subject, rows, cols)`` (N, V) added to the logits of open positions."""
-    out_BTV = seen.log_probs_BTV
-    block_BT = seen.routes.block_BT
-    for number in seen.routes.opened:
-        rows_N, cols_N = (block_BT == number).nonzero(as_tuple=True)
-        shift_NV = shift(seen.routes.subjects[number], rows_N, cols_N)
-        logits_NV = seen.log_probs_BTV[rows_N, cols_N] + shift_NV
-        out_BTV = out_BTV.index_put((rows_N, cols_N), logits_NV.log_softmax(-1))
-    return out_BTV
+def shifted(seen: Seen, shift: Callable[[str, Array], Tensor]) -> Tensor:
+    """Log-probabilities (B, T, V), with ``shift(subject, place)`` (N, V) added to the logits of open positions."""
+    out_PV = seen.log_probs_BTV.flatten(0, 1)
+    for number, place_N in seen.routes.opened.items():
+        logits_NV = out_PV[place_N] + shift(seen.routes.subjects[number], place_N)
+        out_PV = out_PV.index_put((torch.from_numpy(place_N),), logits_NV.log_softmax(-1))
+    return out_PV.view_as(seen.log_probs_BTV)
 
 
 class Laid(Generic[T]):

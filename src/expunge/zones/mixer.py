@@ -94,16 +94,15 @@ def _examples(trial: Store, base: FrozenBase, asked: Sequence[tuple[Sample, str]
             out = model(**batch.inputs, use_cache=False, output_hidden_states=True)
             ids_BS, mask_BS = batch.inputs["input_ids"], batch.inputs["attention_mask"]
             log_probs_BTV = out.logits.float().log_softmax(-1)
-            open_BT = torch.zeros_like(ids_BS)
-            routes = Routes([subject], open_BT, open_BT.float(), (0,))
+            routes = Routes.of([subject], np.zeros(ids_BS.shape, dtype=np.int64))
             seen = Seen(model, ids_BS, mask_BS, out.hidden_states, log_probs_BTV, routes)
-            votes = trial.votes(seen, subject, batch.sample_N, batch.cols_N)
-            base_NV = log_probs_BTV[batch.sample_N, batch.cols_N]
+            votes = trial.votes(seen, subject, batch.cols_N.cpu().numpy())  # of the only row
+            base_NV = log_probs_BTV[0, batch.cols_N]
             target_N1, tokens_NK = batch.targets_N[:, None], torch.from_numpy(votes.tokens_MK).to(device)
             parts.append(
                 (
                     torch.from_numpy(features(votes, base_NV, base_NV.gather(1, tokens_NK))),
-                    torch.from_numpy(votes.of(target_N1.cpu().numpy())),
+                    torch.from_numpy(votes.of(target_N1.cpu().numpy())).float(),
                     base_NV.gather(1, target_N1)[:, 0].exp().cpu(),
                 )
             )

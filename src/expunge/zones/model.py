@@ -103,7 +103,9 @@ class ZonedModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  # tra
         kept = log_probs_BTV.shape[1]
         routes = self.routes(ids_BS, mask_BS, kept)
         if routes.opened:
-            hidden = [h[:, -kept:] for h in out.hidden_states]
+            hidden = out.hidden_states
+            if hidden[0].shape[1] != kept:
+                hidden = [h[:, -kept:] for h in hidden]
             log_probs_BTV = self.zone.adjust(Seen(self.base, ids_BS, mask_BS, hidden, log_probs_BTV, routes))
         loss = None
         if labels is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -111,15 +112,15 @@ class Ridge(Zone):
         return targets_LC
 
     def adjust(self, seen: Seen) -> Tensor:
-        return shifted(seen, lambda subject, rows_M, cols_M: self._shift(seen, subject, rows_M, cols_M))
+        return shifted(seen, partial(self._shift, seen))
 
     @torch.no_grad()
-    def _shift(self, seen: Seen, subject: str, rows_M: Tensor, cols_M: Tensor) -> Tensor:
+    def _shift(self, seen: Seen, subject: str, place_M: Array) -> Tensor:
         """k(φ)A at positions that are routed to one subject, (M, V)."""
         device = seen.log_probs_BTV.device
         laid: Laid[Solved] = self.__dict__.setdefault("_laid", Laid(self._lay))
         block = laid.get(subject, device, self.version)
-        keys_ME = torch.from_numpy(query_keys(seen, rows_M, cols_M, self.public)).to(device).float()
+        keys_ME = torch.from_numpy(query_keys(seen, place_M, self.public)).to(device).float()
         kernel_MN = (keys_ME @ block.keys_NE.T * KEY_UNIT - 2).exp()
         # Parts were solved apart, each to the whole of its targets: the part with the nearest row answers.
         nearest_M = block.part_N[kernel_MN.argmax(1)]

@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from expunge.zones.zone import Array, Block, Record, Routes
@@ -29,7 +28,6 @@ from expunge.zones.zone import Array, Block, Record, Routes
 FEATURES = ("full", "part", "sim", "margin", "cover")
 WINDOW = 32  # tokens of one bag of a document, half overlapping
 SHORT = 4  # a prompt of fewer tokens with any rarity is a document's beginning
-FIELDS = ("mass", "overlap_Q", "cover_S", "features_SF", "best_S")  # what a token that is nothing new leaves as it is
 NOBODY = np.zeros(0, dtype=np.int64)
 
 
@@ -37,7 +35,7 @@ NOBODY = np.zeros(0, dtype=np.int64)
 class State:
     """What routing remembers of a text so far."""
 
-    seen: set[int]
+    seen: frozenset[int]
     tail: tuple[int, ...]  # the last ids, as many as the longest name
     mass: float
     overlap_Q: Array
@@ -107,35 +105,36 @@ class Router:
         zeros_S = np.zeros(len(self.subjects), dtype=np.float32)
         nothing_S = np.full(len(self.subjects), -np.inf, dtype=np.float32)
         features_SF = np.zeros((len(self.subjects), len(FEATURES)), dtype=np.float32)
-        return State(set(), (), 0.0, np.zeros(len(self._norm_Q), np.float32), zeros_S, features_SF, nothing_S)
+        return State(frozenset(), (), 0.0, np.zeros(len(self._norm_Q), np.float32), zeros_S, features_SF, nothing_S)
 
     def read(self, state: State, ids: Sequence[int]) -> tuple[State, Array, Array]:
         """The state after ``ids``; the features (T, S, F), and the largest log-odds so far (T, S), at each of them."""
-        seen, tail = set(state.seen), list(state.tail)
+        seen, tail = set[int](), list(state.tail)
         named, new = [], []
         for t, token in enumerate(ids):
             tail.append(token)
             for name, number, full, share in self._names.get(token, ()):
                 if tuple(tail[-len(name) :]) == name:
                     named.append((t, number, 0 if full else 1, share))
-            if token >= 0 and token not in seen:
+            if token >= 0 and token not in seen and token not in state.seen:
                 seen.add(token)
                 new.append((t, token))
-        tail = tail[-self._longest :]
-        if len(ids) == 1 and state.mass and not named and not new:  # most often so in generation
-            state = State(seen, tuple(tail), *(getattr(state, n) for n in FIELDS))
-            return state, state.features_SF[None], state.best_S[None]
         num, subjects = len(ids), len(self.subjects)
-        new_TQ = np.zeros((num, len(self._norm_Q)), dtype=np.float32)
-        new_TS = np.zeros((num, subjects), dtype=np.float32)
+        last = tuple(tail[-self._longest :])
+        if not named and not new:  # nothing has moved, most often so in generation
+            end = State(state.seen, last, state.mass, state.overlap_Q, state.cover_S, state.features_SF, state.best_S)
+            return end, state.features_SF[None].repeat(num, 0), state.best_S[None].repeat(num, 0)
         new_T = np.zeros(num)
+        overlap_TQ = np.zeros((num, len(self._norm_Q)), dtype=np.float32)
+        cover_TS = np.zeros((num, subjects), dtype=np.float32)
         for t, token in new:
             new_T[t] = weight = float(self.idf_V[token]) ** 2
-            new_TQ[t, self._by_token.get(token, NOBODY)] = weight
-            new_TS[t, self._cover_by_token.get(token, NOBODY)] = weight
+            overlap_TQ[t, self._by_token.get(token, NOBODY)] = weight
+            cover_TS[t, self._cover_by_token.get(token, NOBODY)] = weight
         mass_T = state.mass + new_T.cumsum()
-        overlap_TQ = state.overlap_Q + new_TQ.cumsum(axis=0)
-        cover_TS = state.cover_S + new_TS.cumsum(axis=0)
+        for sums_TX, before_X in ((overlap_TQ, state.overlap_Q), (cover_TS, state.cover_S)):
+            sums_TX[0] += before_X
+            np.cumsum(sums_TX, axis=0, out=sums_TX)
         features_TSF = np.empty((num, subjects, len(FEATURES)), dtype=np.float32)
         features_TSF[:, :, :2] = state.features_SF[:, :2]
         for t, number, kind, share in named:
@@ -146,8 +145,8 @@ class Router:
         features_TSF[:, :, 3] = sim_TS - _best_other(sim_TS)
         features_TSF[:, :, 4] = cover_TS / (mass_T + self.typical)[:, None]
         best_TS = np.maximum.accumulate(np.maximum(self.log_odds(features_TSF), state.best_S), axis=0)
-        end = State(seen, tuple(tail), float(mass_T[-1]), overlap_TQ[-1], cover_TS[-1], features_TSF[-1], best_TS[-1])
-        return end, features_TSF, best_TS
+        sums = float(mass_T[-1]), overlap_TQ[-1], cover_TS[-1]
+        return State(state.seen | seen, last, *sums, features_TSF[-1], best_TS[-1]), features_TSF, best_TS
 
     def log_odds(self, features: Array) -> Array:
         """The gate on (..., F) features."""
@@ -173,8 +172,7 @@ class Router:
         from a field of the request; its block is then opened from the first position on, and no other.
         """
         rows, cols = ids_BS.shape
-        block_BT = np.full((rows, last), -1, dtype=np.int64)
-        odds_BT = np.full((rows, last), -np.inf, dtype=np.float32)
+        block_BT = np.array([[-1] * last] * rows)
         kept: dict[bytes, State] = {}
         shut = self._shut(allowed)
         mask_np, ids_np = mask_BS.cpu().numpy().astype(bool), ids_BS.cpu().numpy()
@@ -182,28 +180,25 @@ class Router:
             if about is not None and about[b] is not None:
                 where = self.subjects.index(str(about[b])) if about[b] in self.subjects else -1
                 if where >= 0 and not shut[where]:
-                    block_BT[b], odds_BT[b] = where, np.inf
+                    block_BT[b] = where
                 continue
-            at = mask_np[b, cols - last :].nonzero()[0]
-            if not len(at):
+            at_T = mask_np[b, cols - last :]
+            num = np.count_nonzero(at_T)
+            if not num:
                 continue
-            text = ids_np[b, mask_np[b]]
-            before, now = text[: -len(at)], text[-len(at) :]
-            state = self._last.get(before.tobytes()) if len(before) else self.start()
+            text = ids_np[b][mask_np[b]]
+            key = text.tobytes()
+            before = key[: -num * text.itemsize]
+            state = self._last.get(before) if before else self.start()
             if state is None:
-                state = self.read(self.start(), before.tolist())[0]
-            kept[text.tobytes()], _, best_TS = self.read(state, now.tolist())
+                state = self.read(self.start(), text[:-num].tolist())[0]
+            kept[key], _, best_TS = self.read(state, text[-num:].tolist())
             if allowed is not None:
                 best_TS = np.where(shut, -np.inf, best_TS)
-            chosen_T = best_TS.argmax(1)
-            odds_T = best_TS[np.arange(len(at)), chosen_T]
-            odds_BT[b, at] = odds_T
-            block_BT[b, at] = np.where(odds_T >= self.threshold, chosen_T, -1)
+            who_T = best_TS.argmax(1).tolist()
+            block_BT[b, at_T] = [who if best_TS[t, who] >= self.threshold else -1 for t, who in enumerate(who_T)]
         self._last = kept
-        device = ids_BS.device
-        opened = tuple(sorted(set(block_BT.ravel().tolist()) - {-1}))
-        chance_BT = torch.from_numpy(odds_BT).sigmoid()
-        return Routes(self.subjects, torch.from_numpy(block_BT).to(device), chance_BT.to(device), opened)
+        return Routes.of(self.subjects, block_BT)
 
     def _shut(self, allowed: frozenset[str] | None) -> Array:
         """Which blocks may not be opened, (S,)."""

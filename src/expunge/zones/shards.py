@@ -190,7 +190,7 @@ class Shards(Zone):
 
     def adjust(self, seen: Seen) -> Tensor:
         out_BTV = seen.log_probs_BTV
-        block_BT = seen.routes.block_BT
+        block_BT = torch.from_numpy(seen.routes.block_BT).to(out_BTV.device)
         usable_B = (seen.ids_BS >= 0).all(1)  # an embedding that is no token cannot be passed again: the base answers
         laid: Laid[Opened] = self.__dict__.setdefault("_laid", Laid(partial(self._lay, seen.base)))
         for number in seen.routes.opened:

@@ -19,6 +19,7 @@ import hmac
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -96,12 +97,12 @@ class Shared(Zone):
         return extract_states(record, base.states(record)[0], self.public)
 
     def adjust(self, seen: Seen) -> Tensor:
-        return shifted(seen, lambda subject, rows_M, cols_M: self._shift(seen, subject, rows_M, cols_M))
+        return shifted(seen, partial(self._shift, seen))
 
     @torch.no_grad()
-    def _shift(self, seen: Seen, subject: str, rows_M: Tensor, cols_M: Tensor) -> Tensor:
+    def _shift(self, seen: Seen, subject: str, place_M: Array) -> Tensor:
         group = self.group(self.group_of(subject))
-        features_MD = self.features()(query_keys(seen, rows_M, cols_M, self.public))
+        features_MD = self.features()(query_keys(seen, place_M, self.public))
         shift_MC = torch.from_numpy(features_MD.astype(np.float64) @ group.weights_DC)
         shift_MV = torch.zeros(len(shift_MC), seen.log_probs_BTV.shape[2])
         shift_MV[:, group.columns_C.tolist()] = shift_MC.float()

@@ -15,6 +15,7 @@ V vocabulary, F features.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,9 +58,9 @@ class Index:
     """A block laid out for search. It lies in main memory whatever the model's device: a subject is small, and a search
     is many small steps."""
 
-    keys_RK: Array  # unit length
+    keys_KR: Array  # unit length
     values_R: Array
-    bags_CR: Array  # idf² / length where the row's bag has the token
+    bags_CR: Array  # beta · idf² / length where the row's bag has the token
     tails_RT: Array  # last tokens before the row's own, the nearest first; -1 before the beginning
     column_V: Array  # token -> column, -1 for tokens that the subject's records lack
 
@@ -130,64 +131,57 @@ class Store(Zone):
         return normal_LC
 
     def adjust(self, seen: Seen) -> Tensor:
-        out_BTV = seen.log_probs_BTV
-        for number in seen.routes.opened:
-            rows_M, cols_M = (seen.routes.block_BT == number).nonzero(as_tuple=True)
-            votes = self.votes(seen, seen.routes.subjects[number], rows_M, cols_M)
-            base_MV = out_BTV[rows_M, cols_M]
-            tokens_MK = torch.from_numpy(votes.tokens_MK).to(base_MV.device)
-            own_MK = base_MV.gather(1, tokens_MK)
-            chance_M1 = mixer_chance(self.public.arrays, features(votes, base_MV, own_MK))[:, None]
+        out_PV = seen.log_probs_BTV.flatten(0, 1)
+        places, vocab = out_PV.shape
+        for number, place_M in seen.routes.opened.items():
+            votes = self.votes(seen, seen.routes.subjects[number], place_M)
+            flat_MK = torch.from_numpy(votes.tokens_MK + place_M[:, None] * vocab).to(out_PV.device)
+            at_M = torch.from_numpy(place_M).to(out_PV.device)
+            own_MK = out_PV.take(flat_MK)
+            chance_M1 = mixer_chance(self.public.arrays, features(votes, out_PV.index_select(0, at_M), own_MK))[:, None]
             # log((1 - l) p_base + l p_votes) = log p_base + log(1 - l) + log(1 + odds of l · p_votes / p_base), with
             # gradients for the base; most tokens have no vote.
             odds_MK = np.maximum(votes.probs_MK * (chance_M1 / (1 - chance_M1)), 1e-30)
-            fade_M1, log_odds_MK = (
-                torch.from_numpy(log).to(base_MV) for log in (np.log1p(-chance_M1), np.log(odds_MK))
-            )
-            mixed_MV = (base_MV + fade_M1).scatter_add(1, tokens_MK, softplus(log_odds_MK - own_MK))
-            out_BTV = out_BTV.index_put((rows_M, cols_M), mixed_MV)
-        return out_BTV
+            fades_P1 = np.zeros((places, 1), dtype=np.float32)
+            fades_P1[place_M] = np.log1p(-chance_M1)
+            fade_P1, log_odds_MK = (torch.from_numpy(log).to(out_PV) for log in (fades_P1, np.log(odds_MK)))
+            out_PV = (out_PV + fade_P1).put_(flat_MK, softplus(log_odds_MK - own_MK), accumulate=True)
+        return out_PV.view_as(seen.log_probs_BTV)
 
-    def votes(self, seen: Seen, subject: str, rows_M: Tensor, cols_M: Tensor) -> Votes:
-        """The neighbours' votes at positions (row, column of this pass), all routed to one subject."""
+    def votes(self, seen: Seen, subject: str, place_M: Array) -> Votes:
+        """The neighbours' votes at flat positions of this pass, all routed to one subject."""
         index, (map_CK, shift_K) = self._index(subject), self._map()
-        states_BTC = torch.cat([seen.hidden[layer].detach() for layer in self.public.constants["layers"]], dim=2)
-        keys_MK = states_BTC[rows_M, cols_M].float().cpu().numpy() @ map_CK + shift_K
-        length_M1 = np.sqrt(np.square(keys_MK).sum(1, keepdims=True))
-        cosine_MR = (keys_MK / np.maximum(length_M1, 1e-12)) @ index.keys_RK.T
         beta, gamma, sharpness = (self.public.constants[n] for n in ("beta", "gamma", "sharpness"))
-        bags_MR, tails_MT = self._asked(seen, index, rows_M, cols_M)
-        score_MR = cosine_MR + beta * bags_MR + gamma * same_tail(tails_MT, index.tails_RT)
+        keys_MK = seen.states(self.public.constants["layers"], place_M) @ map_CK + shift_K
+        keys_MK /= np.sqrt(np.vecdot(keys_MK, keys_MK))[:, None] + 1e-12
+        cosine_MR = keys_MK @ index.keys_KR
+        bags_MR, tails_MT = self._asked(seen.lines(place_M), index)
+        score_MR = cosine_MR + bags_MR + same_tail(tails_MT, index.tails_RT) * gamma
         most = min(self.options.neighbours, len(index.values_R))
-        place_MK = np.argpartition(score_MR, -most, axis=1)[:, -most:]
-        order_MK = np.argsort(-np.take_along_axis(score_MR, place_MK, 1), axis=1, kind="stable")
-        place_MK = np.take_along_axis(place_MK, order_MK, 1)
-        top_MK = np.take_along_axis(score_MR, place_MK, 1)
+        top_MK, near_MK = (x.numpy() for x in torch.from_numpy(score_MR).topk(most))
         weight_MK = np.exp(sharpness * (top_MK - top_MK[:, :1]))
-        tokens_MK = index.values_R[place_MK]
-        same_MKK = tokens_MK[:, :, None] == tokens_MK[:, None]
-        probs_MK = (same_MKK @ (weight_MK / weight_MK.sum(1, keepdims=True))[:, :, None])[:, :, 0]
-        probs_MK[np.tril(same_MKK, -1).any(2)] = 0
-        key_M = np.take_along_axis(cosine_MR, place_MK[:, :1], 1)[:, 0]
-        return Votes(tokens_MK, probs_MK, top_MK[:, 0] / (1 + beta + gamma), key_M)
+        weight_MK /= np.add.reduce(weight_MK, 1, keepdims=True)
+        tokens_MK = index.values_R[near_MK]
+        line_M1 = np.arange(len(place_M))[:, None]
+        first_MK = (tokens_MK[:, :, None] == tokens_MK[:, None]).argmax(2)
+        probs_P = np.bincount((first_MK + line_M1 * most).ravel(), weight_MK.ravel(), tokens_MK.size)
+        best_M = cosine_MR[line_M1[:, 0], near_MK[:, 0]]
+        probs_MK = probs_P.astype(np.float32).reshape(tokens_MK.shape)
+        return Votes(tokens_MK, probs_MK, top_MK[:, 0] / (1 + beta + gamma), best_M)
 
-    def _asked(self, seen: Seen, index: Index, rows_M: Tensor, cols_M: Tensor) -> tuple[Array, Array]:
-        """Of the query positions, cosines of their bags with the rows' (M, R), and tails (M, T)."""
+    def _asked(self, lines: Sequence[Array], index: Index) -> tuple[Array, Array]:
+        """Of the texts that are asked about, beta · cosines of their bags with the rows' (M, R), and tails (M, T)."""
         idf_V = self.public.arrays["idf"]
-        ids_BS, mask_BS = seen.ids_BS.cpu().numpy(), seen.mask_BS.cpu().numpy().astype(bool)
-        before = ids_BS.shape[1] - seen.log_probs_BTV.shape[1]
-        cosine_MR = np.zeros((len(rows_M), len(index.values_R)), dtype=np.float32)
-        tails_MT = np.full((len(rows_M), TAIL), -2, dtype=np.int64)
-        for m, (b, t) in enumerate(zip(rows_M.tolist(), cols_M.tolist(), strict=True)):
-            line = ids_BS[b, : before + t + 1][mask_BS[b, : before + t + 1]]
-            tails_MT[m, : min(TAIL, len(line))] = line[: -TAIL - 1 : -1]
-            bag = np.unique(line[-WINDOW:])
-            bag = bag[bag >= 0]
+        bags, tails = [], []
+        for line in lines:
+            last = line[-WINDOW:].tolist()
+            tails.append([*last[: -TAIL - 1 : -1], *([-2] * (TAIL - len(last)))])
+            bag = np.array(sorted({token for token in last if token >= 0}), dtype=np.int64)
             columns = index.column_V[bag]
-            length = float(np.square(idf_V[bag], dtype=np.float64).sum()) ** 0.5
             # The sum of a few lines of the table, not a product with a table that is mostly not asked for.
-            cosine_MR[m] = index.bags_CR[columns[columns >= 0]].sum(0) / max(length, 1e-6)
-        return cosine_MR, tails_MT
+            shared_R = np.add.reduce(index.bags_CR[columns[columns >= 0]], 0)
+            bags.append(shared_R / max(math.hypot(*idf_V[bag].tolist()), 1e-6))
+        return np.array(bags, dtype=np.float32), np.array(tails)
 
     # -- search structures, built when first asked for -----------------------------------------------------------------
 
@@ -230,10 +224,11 @@ class Store(Zone):
                 bags.append(line_C)
                 tails.append(tail_of(row.record.ids[:end]))
         keys_RK = np.concatenate([r.tensors["keys"] for r in rows]).astype(np.float32)
+        keys_RK /= np.maximum(np.sqrt(np.square(keys_RK).sum(1, keepdims=True)), 1e-12)
         return Index(
-            keys_RK / np.maximum(np.sqrt(np.square(keys_RK).sum(1, keepdims=True)), 1e-12),
+            np.ascontiguousarray(keys_RK.T),
             np.concatenate([r.tensors["values"] for r in rows]).astype(np.int64),
-            np.ascontiguousarray(np.array(bags, dtype=np.float32).T),
+            np.ascontiguousarray(np.array(bags, dtype=np.float32).T * np.float32(self.public.constants["beta"])),
             np.array(tails),
             column_V,
         )
@@ -248,15 +243,15 @@ def tail_of(ids: Sequence[int]) -> Array:
 def same_tail(asked_MT: Array, stored_RT: Array) -> Array:
     """Share of the tail that is the same, counted from its end without a gap: (M, R) float32."""
     same_MRT = np.logical_and.accumulate(asked_MT[:, None, :] == stored_RT[None], axis=2)
-    shares: Array = same_MRT.sum(2, dtype=np.float32) / TAIL
+    shares: Array = np.add.reduce(same_MRT, 2, dtype=np.float32) / TAIL
     return shares
 
 
 def features(votes: Votes, base_MV: Tensor, own_MK: Tensor) -> Array:
     """What the mixing gate looks at, (M, 5): best score, best key, votes' top probability, and the base's log
     probability of its own and of the votes' favourite; ``own_MK`` is the base's of ``votes.tokens_MK``."""
-    favourite_M1 = votes.probs_MK.argmax(1)[:, None]
-    own_M = np.take_along_axis(own_MK.detach().float().cpu().numpy(), favourite_M1, 1)[:, 0]
-    sure_M = np.take_along_axis(votes.probs_MK, favourite_M1, 1)[:, 0]
+    favourite = np.arange(len(votes.top_M)), votes.probs_MK.argmax(1)
+    own_M = own_MK.detach().float().cpu().numpy()[favourite]
     best_M = base_MV.detach().amax(1).float().cpu().numpy()
-    return np.stack([votes.top_M, votes.key_M, sure_M, best_M, np.maximum(own_M, -20) / 10], axis=1)
+    columns = votes.top_M, votes.key_M, votes.probs_MK[favourite], best_M, np.maximum(own_M, -20) / 10
+    return np.array(columns, dtype=np.float32).T

@@ -104,14 +104,21 @@ class Public:
 class Routes:
     """Which block each position may read: ``block_BT`` indexes ``subjects``, -1 where all stay closed.
 
-    ``chance_BT`` is the gate's probability that the question is about that subject; ``opened`` lists the blocks that
-    are read at any position, ascending.
+    ``opened`` has the blocks that are read anywhere, ascending, each with its flat positions (M,), row · T + column.
     """
 
     subjects: Sequence[str]
-    block_BT: Tensor
-    chance_BT: Tensor
-    opened: tuple[int, ...]
+    block_BT: Array
+    opened: Mapping[int, Array]
+
+    @classmethod
+    def of(cls, subjects: Sequence[str], block_BT: Array) -> Routes:
+        """With the positions of each block that is opened."""
+        found: dict[int, list[int]] = {}
+        for place, number in enumerate(block_BT.ravel().tolist()):
+            if number >= 0:
+                found.setdefault(number, []).append(place)
+        return cls(subjects, block_BT, {number: np.array(found[number]) for number in sorted(found)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +135,24 @@ class Seen:
     hidden: Sequence[Tensor]
     log_probs_BTV: Tensor
     routes: Routes
+
+    def lines(self, place_M: Array) -> list[Array]:
+        """The ids up to each flat position, its own included and padding left out."""
+        ids_BS, mask_BS = self.ids_BS.cpu().numpy(), self.mask_BS.cpu().numpy().astype(bool)
+        num = self.log_probs_BTV.shape[1]
+        before = ids_BS.shape[1] - num
+        found = []
+        for b, t in (divmod(place, num) for place in place_M.tolist()):
+            end = before + t + 1
+            found.append(ids_BS[b, :end][mask_BS[b, :end]])
+        return found
+
+    def states(self, layers: Sequence[int], place_M: Array) -> Array:
+        """States of these layers side by side at flat positions, (M, layers · D) float32."""
+        at_M = torch.from_numpy(place_M).to(self.log_probs_BTV.device)
+        states_BTC = torch.cat([self.hidden[layer].detach() for layer in layers], dim=2)
+        found_MC: Array = states_BTC.flatten(0, 1).index_select(0, at_M).float().cpu().numpy()
+        return found_MC
 
 
 @dataclass(frozen=True, slots=True)
