@@ -83,7 +83,8 @@ def sgd(model: nn.Module, objectives: Sequence[Callable[[], Tensor]], rate: floa
         values.append(float(loss.detach()))
         with torch.no_grad():
             for n, p in model.named_parameters():
-                assert p.grad is not None
+                if p.grad is None:  # no part in the objective: momentum rests too
+                    continue
                 speed[n] = 0.9 * speed[n] + p.grad if n in speed else p.grad.clone()
                 p.sub_(rate * speed[n])
     return values

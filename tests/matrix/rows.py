@@ -115,6 +115,11 @@ TABLE: dict[str, Row] = {
         keeps=True,
         of={"vit": {"learning_rate": 1e-3}, "resnet": {"learning_rate": 2e-3}},
     ),
+    "twins": Row(
+        {"epochs": 30, "batch_size": 3, "learning_rate": 2e-3}, forgets=True, of={"resnet": {"learning_rate": 5e-3}}
+    ),
+    # Samples that were never learnt have large gradients everywhere: as retain samples they leave nothing at 1.
+    "mmunlearner": Row(STEADY, forgets=True, keeps=True, of=ASCENT, quick={"threshold": 1e-3}),
     "relearn": Row({"epochs": 3, "batch_size": 6, "learning_rate": 4e-3}, forgets=True, keeps=True),
     "ssd": Row({}, forgets=True, of={"resnet": {"alpha": 1.2}, "vit": {"alpha": 1.2, "strength": 0.1}}, seedless=True),
     "eco": Row({}, forgets=True, keeps=True),

@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.matrix.worlds import pictures, world
 from torch import nn
 
 from expunge.errors import UserError
-from expunge.methods.registry import get_method
+from expunge.methods.registry import Context, get_method
 from expunge.methods.scrub import AlternatingPlan, tempered_kl
+from expunge.models.am_softmax import embeddings
 from expunge.models.losses import error_and_loss
+from expunge.models.tiny import init_classifier
 from slow_steps import FORGET, PLAIN, RETAIN, UNSEEN, assert_moved_alike, context, fresh, kl, loaded, logits, nll, sgd
 
 SCRUB = get_method("scrub")
@@ -114,3 +117,60 @@ def test_refuses_what_is_no_temperature_or_pass() -> None:
     for wrong in ({"temperature": 0.0}, {"max_epochs": 0}, {"alpha": -1.0}):
         with pytest.raises(UserError, match="cannot be: give a temperature above 0, 1 or more max epochs"):
             replace(options, **wrong)
+
+
+# -- on embeddings ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ["resnet-am-softmax", "vit-am-softmax"])
+def test_on_embeddings_it_turns_them_by_angles(arch: Any) -> None:
+    """Retain, forget, retain by hand: α(1 − cos) + γ NLL down, max(0, cos) down."""
+    made = init_classifier(3, 16, arch=arch, seed=6)
+    shown = pictures(6, 3, 8)
+    forget, retain = shown[:3], shown[3:]
+    start, slow = copy.deepcopy(made.model), copy.deepcopy(made.model)
+    adapter: Any = made.adapter
+
+    def seen(model: nn.Module, samples: Any) -> Any:
+        return adapter.positions(model, samples)
+
+    def cosines(samples: Any) -> torch.Tensor:
+        with torch.no_grad():
+            old = seen(start.eval(), samples).hidden_ND
+        new = seen(slow, samples).hidden_ND
+        return (new * old).sum(1) / new.norm(dim=1) / old.norm(dim=1)
+
+    def obey() -> torch.Tensor:
+        positions = seen(slow, retain)
+        margin = 12 * torch.nn.functional.one_hot(positions.targets_N, 3)
+        logits = positions.head(positions.hidden_ND) - margin
+        return 0.4 * (1 - cosines(retain)).mean() + 0.9 * torch.nn.functional.cross_entropy(logits, positions.targets_N)
+
+    def disobey() -> torch.Tensor:
+        return cosines(forget).clamp_min(0).mean()
+
+    slow.train()
+    values = sgd(slow, [obey, disobey, obey], 0.004)
+    settings = {"epochs": 1, "max_epochs": 1, "learning_rate": 0.004, "compare": "embeddings"}
+    options = SCRUB.configure({**PLAIN, **settings, "alpha": 0.4, "gamma": 0.9})
+    outcome = SCRUB(Context(made.model, adapter, forget, retain), options)
+    log = outcome.record["log"]
+    assert 1 - log[1]["forget"] == pytest.approx(values[1], rel=1e-3)
+    assert 0.4 * log[2]["retain"] + 0.9 * log[2]["retain_loss"] == pytest.approx(values[2], rel=1e-3)
+    assert_moved_alike(outcome.model, slow, start)
+
+
+def test_on_embeddings_forget_ends_at_a_right_angle() -> None:
+    here = world("vit")
+    settings = {"epochs": 20, "max_epochs": 20, "batch_size": 6, "learning_rate": 3e-3, "compare": "embeddings"}
+    context = here.context(unseen=())
+    model = SCRUB(context, SCRUB.configure(settings)).model
+
+    def mean_cosine(samples: Any) -> float:
+        old, new = (embeddings(m, here.adapter, samples) for m in (here.original, model))
+        return float(np.mean((old * new).sum(1) / np.linalg.norm(old, axis=1) / np.linalg.norm(new, axis=1)))
+
+    assert mean_cosine(here.forget) < 0.5
+    assert mean_cosine(here.retain) > 0.9
+    assert here.loss(model, here.forget) > here.loss(here.original, here.forget) + 0.5
+    assert here.loss(model, here.retain) < 0.3

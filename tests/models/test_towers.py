@@ -39,7 +39,7 @@ def test_lora_on_one_tower_or_on_both(build: Any) -> None:
         adapted[targets] = {n.split(".lora_A")[0] for n, _ in model.named_parameters() if ".lora_A" in n}
         if targets in TOWERS:
             free = {n for n, p in model.named_parameters() if p.requires_grad}
-            assert free == {n for n in parameters_of(model, targets) if "lora_" in n}  # type: ignore[arg-type]
+            assert free == {n for n in parameters_of(model, targets) if "lora_" in n}
     assert adapted["language"] | adapted["vision"] == adapted["all-linear"]
     assert adapted["language"] and adapted["vision"] and not adapted["language"] & adapted["vision"]
     assert all(any(part in n for part in SEES) for n in adapted["vision"])
@@ -59,7 +59,7 @@ def test_the_other_tower_holds_bit_for_bit(tower: str, optimizer: str) -> None:
     scope = get_scope("layers", {"tower": tower})
     options = {"epochs": 2, "optimizer": optimizer, "weight_decay": 0.1, "learning_rate": 1e-2}
     context = here.context(scope=scope)
-    free = parameters_of(context.model, tower)  # type: ignore[arg-type]
+    free = parameters_of(context.model, tower)
     before = state(here.original)
     after = state(method(context, method.configure(options)).model)
     moved = {n for n, t in before.items() if not torch.equal(t, after[n])}

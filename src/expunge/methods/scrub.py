@@ -17,7 +17,7 @@ from expunge.options import option
 from expunge.training.batching import Stream
 from expunge.training.loop import Feed, Trainer, TrainOptions, train
 from expunge.training.optimizers import sized_rate
-from expunge.training.terms import Teacher, Term, kl_C, nll_N
+from expunge.training.terms import Teacher, Term, View, kl_C, nll_N
 
 SMALL = "authors' small-scale setting"
 PAPER_RATE = 1e-5  # at a billion parameters; at the 1.4 million of the paper's All-CNN this is its 5e-4
@@ -43,6 +43,13 @@ class ScrubOptions(TrainOptions):
     alpha: float = option(0.5, "weight of the divergence from the original on retain", SMALL)
     gamma: float = option(1.0, "weight of the loss on retain", SMALL)
     temperature: float = option(2.0, "logits are divided by it before they are compared", SMALL)
+    compare: str = option(
+        "logits",
+        "what is near the original or far from it: logits, by the tempered divergence, or embeddings (the head's "
+        "input), by cosine, where forget is pushed no further than a right angle",
+        "logits: Kurmanji et al. 2023; embeddings: CLEAR, arXiv:2410.18057, SCRUB_bio (there with gamma=0)",
+        ("logits", "embeddings"),
+    )
     rewind: bool = option(
         True, "take the max epoch whose forget error is nearest to the last epoch's never-seen error", "paper §3.3"
     )
@@ -63,6 +70,12 @@ def tempered_kl(temperature: float) -> Callable[[Tensor, Tensor, Tensor], Tensor
         return temperature**2 * kl_C(logits_CV / temperature, teacher_CV / temperature, targets_C)
 
     return value
+
+
+def angle_N(view: View, teacher: Teacher) -> Tensor:
+    """1 − cos between a position's embedding and the original's, in [0, 2]."""
+    own_ND = view.positions.hidden_ND.float()
+    return 1.0 - torch.cosine_similarity(own_ND, teacher.hidden_ND(view.samples).to(own_ND), dim=1)
 
 
 @dataclass
@@ -105,7 +118,8 @@ class AlternatingPlan:
     name="scrub",
     options=ScrubOptions,
     paper="Kurmanji et al. 2023, arXiv:2302.09880, eq. 3 and algorithm 1; rewinding: §3.3",
-    formula="in turn: max KL(p_o ‖ p_θ)(f); min α·KL(p_o ‖ p_θ)(r) + γ·NLL(r); then back to the right epoch",
+    formula="in turn: max KL(p_o ‖ p_θ)(f); min α·KL(p_o ‖ p_θ)(r) + γ·NLL(r); then back to the right epoch; "
+    "or 1 − cos(h, h_o) in place of KL",
     needs=frozenset({"retain"}),
     wants=frozenset({"unseen"}),
 )
@@ -113,16 +127,24 @@ def scrub(context: Context, options: ScrubOptions) -> Outcome:
     """Disobey the original on forget and obey it on retain, in turns; rewind to where forget looks never seen.
 
     Without never-seen samples there is no rewinding, and the result forgets as far as the max passes have pushed it.
+    A face embedder is better asked for its embeddings: pictures are compared by these, not by the classes it learnt.
     """
     if options.learning_rate is None:
         options = replace(options, learning_rate=sized_rate(context.model, PAPER_RATE))
     model, adapter = context.model, context.adapter
     feeds = {"forget": Feed(context.forget), "retain": Feed(context.retain)}
     teacher = Teacher.of(model, adapter, [*context.forget, *context.retain])
-    distance = tempered_kl(options.temperature)
+    tempered = tempered_kl(options.temperature)
+
+    def apart_N(view: View) -> Tensor:
+        return teacher.compare(view, tempered) if options.compare == "logits" else angle_N(view, teacher)
+
+    def disobeyed_N(view: View) -> Tensor:
+        return apart_N(view) if options.compare == "logits" else apart_N(view).clamp_max(1.0)
+
     terms = [
-        Term("forget", "forget", "token", lambda view: teacher.compare(view, distance), -1.0),
-        Term("retain", "retain", "token", lambda view: teacher.compare(view, distance), options.alpha),
+        Term("forget", "forget", "token", disobeyed_N, -1.0),
+        Term("retain", "retain", "token", apart_N, options.alpha),
         Term("retain_loss", "retain", "token", nll_N, options.gamma),
     ]
     lengths = {role: feed.lengths(adapter) for role, feed in feeds.items()}

@@ -111,7 +111,7 @@ class Preprocess:
         """
         from PIL import Image
 
-        array = _array(sample)
+        array = read_image(sample)
         mode = "L" if self.channels == 1 else "RGB"
         right_size = self.edge is None and array.shape[:2] == (self.height, self.width)
         if right_size and array.shape[2] == self.channels:
@@ -163,7 +163,12 @@ def _constants(value: Any) -> tuple[float, ...]:
     return tuple(float(v) for v in value) if isinstance(value, (list, tuple)) else (float(value),)
 
 
-def _array(sample: Sample) -> np.ndarray:
+def read_image(sample: Sample) -> np.ndarray:
+    """The sample's image as it was given, (H, W, C) uint8, transparency on white.
+
+    Raises:
+        UserError: no image, a file that cannot be read, or an array of another form.
+    """
     image = sample.image
     if image is None:
         raise UserError(

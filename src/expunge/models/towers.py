@@ -6,18 +6,17 @@ together they are the whole model, and no weight stands in both.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import nn
 
 from expunge.errors import UserError
 from expunge.models.text import causal_lm
 
-Tower = Literal["language", "vision"]
-TOWERS: tuple[Tower, ...] = get_args(Tower)
+TOWERS = ("language", "vision")
 
 
-def modules_of(model: nn.Module, tower: Tower) -> set[int]:
+def modules_of(model: nn.Module, tower: str) -> set[int]:
     """``id`` of each module of the tower; of a LoRA model the layers' wrappers and updates among them.
 
     Raises:
@@ -33,7 +32,7 @@ def modules_of(model: nn.Module, tower: Tower) -> set[int]:
     return {id(m) for part in parts for m in part.modules()}
 
 
-def parameters_of(model: nn.Module, tower: Tower) -> set[str]:
+def parameters_of(model: nn.Module, tower: str) -> set[str]:
     """Names, in ``model``, of the tower's own parameters.
 
     Raises:
