@@ -221,10 +221,10 @@ class _Lot:
         number = {id(s): i for i, s in enumerate(everyone)}
         model = self.parts[0][0].make()
         save_model(Loaded(model, self.adapter, "many"), folder / "model")
-        for job in (job for part in self.parts for job in part):
-            file = folder / f"{job.start or job.key}.safetensors"
-            if not file.is_file():
-                _save_weights(job.make(), file)
+        starts = {job.start or job.key: job.make for part in self.parts for job in part}
+        start = {name: f"start-{i}" for i, name in enumerate(starts)}
+        for name, make in starts.items():
+            _save_weights(make(), folder / f"{start[name]}.safetensors")
         pixels = {str(i): torch.from_numpy(s.image) for i, s in enumerate(everyone) if isinstance(s.image, np.ndarray)}
         save_file({i: image.contiguous() for i, image in pixels.items()}, folder / "images.safetensors")
         text = self.adapter if isinstance(self.adapter, TextAdapter) else None
@@ -239,7 +239,7 @@ class _Lot:
                     [s.id, s.prompt, s.target, str(s.image) if isinstance(s.image, Path) else None] for s in everyone
                 ],
                 "parts": [
-                    [[j.key, j.start or j.key, j.seed, j.name, [number[id(s)] for s in j.samples]] for j in part]
+                    [[j.key, start[j.start or j.key], j.seed, j.name, [number[id(s)] for s in j.samples]] for j in part]
                     for part in self.parts
                 ],
             },
@@ -290,7 +290,7 @@ class _Crew:
         lot.claims.mkdir()
         self.progress.start(f"training {sum(map(len, lot.parts))} models", sum(self.steps))
         try:
-            if self.at_once:
+            if self.at_once and self.most:
                 self._call()
             for part in parts:
                 if lot.claim(part):

@@ -6,6 +6,7 @@ architectures, number of shadows and scoring functions. Here targets, groups and
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -129,8 +130,8 @@ def shifted_shadows(world: World) -> Outcome:
     """BinUI with shadows and population of another distribution, beside shadows of the same one."""
     outcome, targets = Outcome(), world.targets()
     whole, population = ([shifted(s) for s in part] for part in world.cut)
-    measure(outcome, world, "same distribution", targets, world.groups())
-    moved = world.groups(whole=whole, population=population, label=" shifted")
+    same, moved = world.groups(), world.groups(whole=whole, population=population, label=" shifted")
+    measure(outcome, world, "same distribution", targets, same)
     measure(outcome, world, "shifted shadows", targets, moved)
     outcome.notes.append(SHIFT[form_of(world)])
     return outcome
@@ -175,11 +176,11 @@ def architectures(world: World) -> Outcome:
     text = form_of(world) == "text"
     archs = ("tiny", "tiny-test") if text else ARCHS
     unit = "byte" if text else "token"  # each size has a tokenizer of its own
-    made = {arch: world.targets(arch) for arch in archs}
-    for shadow in archs:
-        groups = world.groups(arch=shadow, label=f" {shadow}")
-        for target in archs:
-            measure(outcome, world, f"{target} target, {shadow} shadows", made[target], groups, rows=short(), unit=unit)
+    targets = {arch: world.targets(arch) for arch in archs}
+    shadows = {arch: world.groups(arch=arch, label=f" {arch}") for arch in archs}
+    for shadow, target in itertools.product(archs, archs):
+        setting = f"{target} target, {shadow} shadows"
+        measure(outcome, world, setting, targets[target], shadows[shadow], rows=short(), unit=unit)
     return outcome
 
 

@@ -24,9 +24,10 @@ def scoreui(world: World) -> Outcome:
     outcome, options = Outcome(), world.options
     groups, halves = world.groups(), world.halves()
     cells: dict[str, list[Cell]] = {"trajectory": [], "interpolation": []}
-    for number in range(options.targets):
-        start = world.shadow(options.groups * options.shadows + number)  # after the last one that measures
-        original = world.train(world.private, f"original {number}")
+    last = options.groups * options.shadows  # after the last one that measures
+    starts = [world.shadow(last + number) for number in range(options.targets)]
+    originals = [world.train(world.private, f"original {number}") for number in range(options.targets)]
+    for number, (start, original) in enumerate(zip(starts, originals, strict=True)):
         seed = world.seed_of("trajectory", number)
         path = world.store.trajectory(start_at(start), world.private, seed, f"trajectory {number}", options.points)
         at = np.linspace(0, 1, options.points + 1)

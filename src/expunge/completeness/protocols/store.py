@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -18,14 +19,18 @@ from expunge.models.adapter import Adapter
 from expunge.models.load import Loaded, load_model, save_model
 from expunge.progress import Progress
 from expunge.training.batching import EpochPlan
-from expunge.training.loop import ORDINARY_RATE, Feed, Trainer, TrainOptions, fit, train
+from expunge.training.loop import ORDINARY_RATE, Feed, Trainer, TrainOptions, train
+from expunge.training.many import Job, load_weights, train_many
 from expunge.training.optimizers import sized_rate
 from expunge.training.terms import training_term
 
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """What a training starts from: ``key`` names its weights, ``make`` gives a fresh copy of them."""
+    """What a training starts from: ``key`` names its weights, ``make`` gives a fresh copy of them.
+
+    ``key`` may be that of a model of the store that is itself still to be trained.
+    """
 
     key: str
     make: Callable[[], nn.Module]
@@ -34,13 +39,18 @@ class Start:
 
 @dataclass(eq=False)
 class Store:
-    """Trains into ``folder``. A model that is there already, from whatever protocol or earlier run, is loaded."""
+    """Trains into ``folder``. A model that is there already, from whatever protocol or earlier run, is loaded.
+
+    Models are trained when the first of them is looked at, all that were asked for until then together
+    (:func:`train_many`): ask for all shadows of a table before measuring with the first.
+    """
 
     folder: Path
     options: TrainOptions
     progress: Progress = field(default_factory=Progress)
     trained: int = 0  # models trained by this process
     _known: dict[str, Checkpoint] = field(default_factory=dict, repr=False)
+    _waiting: dict[str, _Wanted] = field(default_factory=dict, repr=False)
 
     def model(
         self, start: Start, samples: Sequence[Sample], seed: int, name: str, options: TrainOptions | None = None
@@ -48,13 +58,24 @@ class Store:
         """``start`` trained on ``samples``; ``name`` is what progress and tables call it."""
         options = options or self.options
         key = content_key(start.key, samples, seed, options)
+        if key not in self._known and not self._there(key):
+            self._waiting[key] = _Wanted(start, Job(key, start.make, samples, seed, name, start.key), options)
+        return self._loaded(key, start.adapter, name)
 
-        def make() -> nn.Module:
-            model = start.make()
-            fit(model, start.adapter, samples, options, seed=seed, progress=self.progress, name=name)
-            return model.eval()
-
-        return self.kept(key, start.adapter, name, make)
+    def train_waiting(self) -> None:
+        """Train all models that were asked for and are not there: first those that others start from."""
+        while self._waiting:
+            ready = [w for w in self._waiting.values() if w.start.key not in self._waiting]
+            alike = [w for w in ready if w.kind == ready[0].kind]
+            adapter = alike[0].start.adapter
+            work = self.folder / ".many"
+            files = train_many([w.job for w in alike], adapter, alike[0].options, work, progress=self.progress)
+            for key, file in files.items():
+                self._save(key, load_weights(self._waiting.pop(key).job.make(), file), adapter)
+                file.unlink()
+                self.trained += 1
+            with suppress(OSError):  # a killed run's other models wait there until they are asked for again
+                work.rmdir()
 
     def trajectory(
         self, start: Start, samples: Sequence[Sample], seed: int, name: str, points: int
@@ -102,9 +123,27 @@ class Store:
 
     def _loaded(self, key: str, adapter: Adapter, name: str) -> Checkpoint:
         if key not in self._known:
-            path = self.folder / key
-            self._known[key] = Checkpoint(name, "shadow", adapter, lambda: load_model(path, device="cpu").model, key)
+            self._known[key] = Checkpoint(name, "shadow", adapter, lambda: self._load(key), key)
         return self._known[key]
+
+    def _load(self, key: str) -> nn.Module:
+        if key in self._waiting:
+            self.train_waiting()
+        return load_model(self.folder / key, device="cpu").model
+
+
+@dataclass(frozen=True, eq=False)
+class _Wanted:
+    """A model that was asked for."""
+
+    start: Start
+    job: Job
+    options: TrainOptions
+
+    @property
+    def kind(self) -> tuple[int, TrainOptions]:
+        """Equal for models that can be trained together: one architecture reads through one adapter."""
+        return id(self.start.adapter), self.options
 
 
 def content_key(start: str, samples: Sequence[Sample], seed: int, options: TrainOptions) -> str:
