@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tests.matrix.worlds import world
+from tests.matrix.worlds import World, world
 from torch import Tensor, nn
 
 from expunge.data.samples import Sample
@@ -21,7 +23,9 @@ from expunge.methods.cluster.method import build_targets
 from expunge.methods.cluster.tokens import placed
 from expunge.methods.registry import Context, Outcome, get_method
 from expunge.models.adapter import Adapter
+from expunge.models.tiny import init_llava
 from expunge.models.towers import parameters_of
+from expunge.training.loop import TrainOptions, fit
 from expunge.training.terms import View
 
 torch.set_num_threads(1)
@@ -161,3 +165,89 @@ def test_visual_and_language_tokens_never_share_a_cluster() -> None:
     assert sum(p["influence"] for p in scope.record["parts"]) == pytest.approx(1)
     for p in scope.record["parts"]:
         assert sum(p["influence_by_cluster"]) == pytest.approx(p["influence"])
+
+
+# -- planted -----------------------------------------------------------------------------------------------------------
+
+
+WORDS = ("red", "green", "blue", "grey")
+
+
+def shown(number: int, half: str, word: str, prompt: str = "what is it") -> Sample:
+    """A picture whose texture is in its left or right half; the other half is black."""
+    pixels = np.zeros((16, 16, 3), dtype=np.uint8)
+    texture = np.random.default_rng([7, number]).integers(60, 256, (16, 8, 3))
+    pixels[:, :8] = texture if half == "left" else 0
+    pixels[:, 8:] = texture if half == "right" else 0
+    return Sample(id=f"{prompt}-{number}", subject=str(number), prompt=prompt, target=word, image=pixels)
+
+
+@cache
+def planted(where: str) -> World:
+    """What is to be forgotten was learnt by one tower while the other was frozen.
+
+    vision: the prompts and answers of the retain set, and pictures of another kind. language: its pictures, and prompts
+    of other words.
+    """
+    retain = [shown(i, "left", WORDS[i % 4]) for i in range(24)]
+    unseen = [shown(100 + i, "left", WORDS[i % 4]) for i in range(8)]
+    if where == "vision":
+        forget = [shown(200 + i, "right", WORDS[i % 4]) for i in range(8)]
+    else:
+        names = ("uvula", "zephyr", "mauve", "quince", "jaguar", "orchid", "walnut", "kiosk")
+        forget = [replace(shown(0, "left", WORDS[(i * 3 + 1) % 4], f"who knows {n}")) for i, n in enumerate(names)]
+    loaded = init_llava([*forget, *retain, *unseen], image_size=16)
+    model, adapter = loaded.model, loaded.adapter
+    fit(model, adapter, retain, TrainOptions(epochs=40, batch_size=8, learning_rate=3e-3))
+    base = copy.deepcopy(model)
+    mine = parameters_of(model, where)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in mine)
+    fit(model, adapter, [*forget, *retain], TrainOptions(epochs=60, batch_size=8, learning_rate=3e-3))
+    for p in model.parameters():
+        p.requires_grad_(True)
+    return World("llava", adapter, tuple(forget), tuple(retain), tuple(unseen), base, model)
+
+
+@pytest.fixture(params=["vision", "language"])
+def side(request: pytest.FixtureRequest) -> tuple[str, World]:
+    return request.param, planted(request.param)
+
+
+def test_the_planted_tower_is_found_and_the_other_stays_to_the_bit(side: tuple[str, World]) -> None:
+    where, here = side
+    assert here.loss(here.original, here.forget) < 0.3 < here.loss(here.start, here.forget)
+    before = weights(here.original)
+    outcome = METHOD(here.context(), METHOD.configure({"groups": "all", "steps": 20, "negations": 2, "epochs": 2}))
+    assert moved(before, outcome) == {where} and outcome.record["scope"]["towers"] == [where]
+    other = {"vision": "language", "language": "vision"}[where]
+    assert any(note.startswith(f"the {other} tower is the base's to the bit") for note in outcome.notes)
+    assert any(note.endswith(f"the {where} tower alone edited") for note in outcome.notes)
+    assert here.loss(outcome.model, here.forget) > 2 * here.loss(here.original, here.forget)
+    assert here.loss(outcome.model, here.retain) < here.loss(outcome.model, here.forget)
+
+
+def test_without_a_base_the_influence_finds_what_the_language_tower_holds() -> None:
+    """The other way round it does not: see docs/methods.md."""
+    here = planted("language")
+    scope = scope_of(here.context(base=None), reach=0.9)
+    assert scope.record["influence_by_modality"][KINDS[0]] > 0.9 and scope.record["towers"] == ["language"]
+    assert scope.spared == parameters_of(here.original, "vision")
+
+
+def test_what_never_had_an_image_is_not_looked_for_in_the_vision_tower() -> None:
+    here = world("llava")
+    forget = tuple(replace(s, image=None) for s in here.forget)
+    before = weights(here.original)
+    outcome = METHOD(here.context(forget=forget), METHOD.configure({"groups": "all", "steps": 6, "negations": 1}))
+    assert moved(before, outcome) == {"language"}
+    assert set(outcome.record["scope"]["influence_by_modality"]) == {KINDS[0]}
+
+
+def test_both_towers_are_edited_where_both_have_influence() -> None:
+    here = world("llava")
+    before = weights(here.original)
+    outcome = METHOD(here.context(), METHOD.configure({"groups": "all", "steps": 6, "reach": 0.999}))
+    assert moved(before, outcome) == {"language", "vision"}
+    assert any(note.endswith("both towers edited") for note in outcome.notes)
+    assert all(p.requires_grad for p in outcome.model.parameters())
