@@ -111,8 +111,9 @@ def test_tables_and_figures_have_names(html: str) -> None:
 
 
 def test_every_chart_is_drawn_and_is_xml(run: Path, html: str) -> None:
-    assert {path.stem for path in (run / "figures").glob("*.svg")} == CHART_NAMES
-    for name in CHART_NAMES:
+    drawn = CHART_NAMES - {"modality-retention"}  # this run has no pictures: test_report_pictures.py
+    assert {path.stem for path in (run / "figures").glob("*.svg")} == drawn
+    for name in drawn:
         root = ET.parse(run / "figures" / f"{name}.svg").getroot()
         assert root.tag.endswith("svg")
         assert f'id="fig-{name}"' in html

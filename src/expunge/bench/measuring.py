@@ -146,8 +146,8 @@ class Measured:
         return part
 
 
-def spread(samples: Sequence[Sample], most: int) -> list[Sample]:
-    """At most ``most`` samples (0 = all), evenly over the sequence, so that no subject is preferred."""
+def spread(samples: Sequence[Any], most: int) -> list[Any]:
+    """At most ``most`` samples or rows of samples (0 = all), evenly over the sequence, so that no subject is preferred."""
     if not most or len(samples) <= most:
         return list(samples)
     return [samples[i * len(samples) // most] for i in range(most)]

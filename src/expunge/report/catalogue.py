@@ -45,6 +45,25 @@ ENTRIES: tuple[Entry, ...] = (
           "samples"),
     Entry("loss|nll", "loss", "loss = −(1/T) Σ_t log p(x_t | x_<t) in nats per target token, mean over samples",
           better="low"),
+    Entry(r"rouge_with_image\.gain", "what the picture adds", "ROUGE-L recall of the answers minus that of answers to "
+          "the same questions with another subject's picture; 0 = nobody looked"),
+    Entry("rouge_with_image", "ROUGE-L with the picture", "ROUGE-L recall of the answers to questions with a picture"),
+    Entry("face_recognition", "faces named", "share of the pictures whose right name is likelier per token than every "
+          "wrong one; about 1 / options for a model that does not know the face"),
+    Entry("clear_real", "CLEAR Real", "harmonic mean of probability among options and truth ratio over "
+          "real faces and real world; arXiv 2410.18057", "retention", "high"),
+    Entry("clear_retain", "CLEAR Retain", "harmonic mean of probability and truth ratio over captions and "
+          "names of the people that stay; arXiv 2410.18057", "retention", "high"),
+    Entry("clear_forget", "CLEAR Forget", "harmonic mean of probability and min(R, 1/R) over captions and "
+          "names of the forgotten people; arXiv 2410.18057; 0 for a broken model", "forgetting", "reference"),
+    Entry(r"clear_forget\.gap", "CLEAR Forget gap", "|own − mean of the retrained models|", "forgetting", "zero"),
+    Entry(r"clear_(?P<x>real|retain)\.gap", "CLEAR gap", "|own − mean of the retrained models|", "retention", "zero"),
+    Entry(r"clear_forget_quality\.ks.*", "Forget Quality, KS distance", "largest vertical gap between the truth ratios "
+          "of the captions under this model and under the retrained model", "forgetting", "zero"),
+    Entry(r"clear_forget_quality\.p_value", "Forget Quality p", "p-value of the two-sample Kolmogorov-Smirnov test on "
+          "those truth ratios; small = told apart", "forgetting", "high"),
+    Entry("clear_js_published", "Forget Quality as published", "1 − √JS of two rows of truth ratios, from 0.167 to 1; "
+          "only to compare with printed tables", "forgetting", None),
     Entry("rouge.*", "ROUGE-L recall", "longest common subsequence of generated and true answer, in words, divided "
           "by the length of the true answer; mean over samples"),
     Entry("truth_ratio", "truth ratio", "TR = geometric mean over wrong answers of P(wrong | q) / P(restated true "

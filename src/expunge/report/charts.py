@@ -11,7 +11,7 @@ import numpy as np
 from expunge.drawing import GRID, INK, MUTED, PAPER, label_points, log_axis, look, new_figure, short
 from expunge.report.catalogue import understand
 from expunge.report.schema import CONTROLS, Measure, Summary
-from expunge.report.view import View
+from expunge.report.view import View, distance
 from expunge.report.wording import number
 
 if TYPE_CHECKING:
@@ -109,6 +109,18 @@ def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return front
 
 
+def _front(axes: Axes, runs: list[tuple[float, float]], turn: float = 1.0) -> list[tuple[float, float, float, float]]:
+    """Draw the Pareto front as steps and return its lines; with ``turn`` -1 small second coordinates are good ones."""
+    front = pareto([(x, turn * y) for x, y in runs])
+    guides = []
+    for (x0, y0), (x1, y1) in pairwise(front):
+        guides += [(x0, turn * y0, x1, turn * y0), (x1, min(turn * y0, turn * y1), x1, max(turn * y0, turn * y1))]
+    if len(front) > 1:
+        xs, ys = zip(*front, strict=True)
+        axes.step(xs, [turn * y for y in ys], where="post", color=MUTED, linewidth=1, linestyle=(0, (4, 2)))
+    return guides
+
+
 def forgetting_retention(view: View) -> Chart | None:
     """Distance to retraining on forget against what was kept, with the retrained models and the Pareto front."""
     if view.primary is None or view.retention is None:
@@ -123,14 +135,9 @@ def forgetting_retention(view: View) -> Chart | None:
         return None
     figure, (axes,) = new_figure(4.0)
     turn = -1.0 if keep.ideal == "low" else 1.0
-    runs = [(d.value or 0.0, turn * (k.value or 0.0)) for e, d, k in found if e.kind in ("method", *CONTROLS)]
-    front = pareto(runs)
-    guides = []
-    for (x0, y0), (x1, y1) in pairwise(front):
-        guides += [(x0, turn * y0, x1, turn * y0), (x1, min(turn * y0, turn * y1), x1, max(turn * y0, turn * y1))]
-    if len(front) > 1:
-        xs, ys = zip(*front, strict=True)
-        axes.step(xs, [turn * y for y in ys], where="post", color=MUTED, linewidth=1, linestyle=(0, (4, 2)))
+    guides = _front(
+        axes, [(d.value or 0.0, k.value or 0.0) for e, d, k in found if e.kind in ("method", *CONTROLS)], turn
+    )
     anchor = view.reference
     if anchor is not None and (kept := anchor.metrics.get(view.retention)) and kept.low is not None:
         axes.axhspan(kept.low, kept.high or kept.low, color=GRID, alpha=0.55, linewidth=0)
@@ -155,6 +162,49 @@ def forgetting_retention(view: View) -> Chart | None:
         "Dashed: methods that no other one beats on both counts. Crosses are controls and anchors."
     )
     return Chart("forgetting-retention", "Forgetting against retention", caption, figure)
+
+
+def modality_retention(view: View) -> Chart | None:
+    """For questions with a picture and questions in words: distance to retraining against the change of what stays."""
+    panels = []
+    for asked, title in (("image", "asked with a picture"), ("text", "asked in words")):
+        found = []
+        for entry in view.study("main"):
+            closed, kept = (entry.metrics.get(f"modality.{asked}.{what}") for what in ("closed", "retain"))
+            away = distance(understand(f"modality.{asked}.closed"), closed, Measure(value=1.0))
+            if away is not None and kept is not None and kept.value is not None and entry.kind != "original":
+                found.append((entry, away, kept))
+        panels.append((title, found))
+    if len({entry.method for _, found in panels for entry, _, _ in found if entry.kind == "method"}) < 2:
+        return None
+    figure, drawn = new_figure(5.6, 2, 1, sharex=True)
+    for axes, (title, found) in zip(drawn, panels, strict=True):
+        axes.axhline(0, color=INK, linewidth=0.9)
+        runs = [(a.value or 0.0, k.value or 0.0) for e, a, k in found if e.kind in ("method", *CONTROLS)]
+        guides = _front(axes, runs)
+        for entry, away, kept in found:
+            _mark(axes, away, kept, style_of(view, entry.method, entry.kind))
+        axes.plot(0, 0, "*", color=INK, markersize=11, zorder=6)
+        axes.set_title(title, loc="left", pad=3)
+        axes.set_ylabel("change of probability, retain")
+        axes.margins(y=0.14)
+    drawn[-1].set_xlabel("distance to the retrained model (0 = like retrained, 1 = as far as the original)")
+    for axes, (_, found) in zip(drawn, panels, strict=True):
+        axes.set_xlim(left=min(-0.03, axes.get_xlim()[0]))
+        _label(
+            axes,
+            [(away.value or 0.0, kept.value or 0.0) for _, away, kept in found],
+            [short(entry.method) for entry, _, _ in found],
+            [colour_of(view, entry) for entry, _, _ in found],
+            [(away, kept) for _, away, kept in found],
+            guides,
+        )
+    caption = (
+        "Forget and retain samples of each modality apart. Left is closer to retraining on what is asked in this "
+        "modality, up is better kept; the star is where retraining stands, as far as it keeps what the original knew. "
+        "Dashed: methods that no other one beats on both counts. Bars: 95 % intervals."
+    )
+    return Chart("modality-retention", "What is forgotten and kept, by modality", caption, figure)
 
 
 def distance_dots(view: View) -> Chart | None:
@@ -349,4 +399,4 @@ def loss_distributions(view: View) -> Chart | None:
     return Chart("loss-distribution", "Loss on the forget samples, one by one", caption, figure)
 
 
-MAIN_CHARTS = (forgetting_retention, distance_dots, cost_quality, utility_bars, loss_distributions)
+MAIN_CHARTS = (forgetting_retention, modality_retention, distance_dots, cost_quality, utility_bars, loss_distributions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from expunge.report.audit_view import AuditReport, gap_text, p_value, seconds
 from expunge.report.checks import warnings
 from expunge.report.leaderboard import AXES, leaderboard
+from expunge.report.pictures import clear_table
 from expunge.report.schema import Measure, Results
 from expunge.report.tables import GROUP_TITLES, Table, board, definitions, ran, study_table, verdict_table
 from expunge.report.view import View
@@ -95,6 +96,8 @@ def to_markdown(view: View, report: AuditReport | None = None) -> str:
             out += [f"### {title}", "", *part] if part else []
         declared = [[escape(line.name), escape("; ".join(line.flags))] for line in table.lines if line.flags]
         out += ["### Declared properties", "", *grid(["method", "declared"], declared)] if declared else []
+    if asked := clear_table(view):
+        out += ["## CLEAR: pictures and texts of the same people", "", *_table(asked)]
     if ranks := rank_lines(view.results):
         out += ["## Ranks", "", _RANKS, "", *ranks, ""]
     names, lines = verdict_table(view)

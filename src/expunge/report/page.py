@@ -23,6 +23,7 @@ from expunge.report.certificates import Shown
 from expunge.report.charts import Chart
 from expunge.report.checks import warnings
 from expunge.report.leaderboard import rank_table
+from expunge.report.pictures import clear_table, picture_grid
 from expunge.report.samples import pack
 from expunge.report.schema import ANCHORS
 from expunge.report.tables import Cell, Table, board, definitions, ran, study_table, verdict_table
@@ -122,6 +123,7 @@ def to_html(
     tables = {study: study_table(view, study) for study in ("matched", "sequential", "size")}
     lines = {line.name: line for line in board(view).lines}
     names, verdict_lines = verdict_table(view)
+    asked, pictures = clear_table(view), picture_grid(view)
     audited: dict[str, Any] = {"audit": None}
     if report is not None:
         audited = audit_context(report, _inline(audit_charts))
@@ -142,6 +144,8 @@ def to_html(
         "board": _first_of_group(board(view)),
         "full": _first_of_group(board(view, full=True)),
         "ranks": rank_table(view.results),
+        "clear": _first_of_group(asked) if asked else None,
+        "pictures": pictures,
         "anchors": ANCHORS,
         "has_reference": view.reference is not None,
         "verdict_names": names,
@@ -182,6 +186,8 @@ def to_html(
         ("verdicts", "Method by method", context["paragraphs"]),
         ("ran", "What was run", measured),
         ("board", "Leaderboard", measured),
+        ("clear", "CLEAR", asked),
+        ("pictures", "Pictures", pictures),
         ("counts", "Verdicts", verdict_lines),
         ("figures", "Figures", charts),
         *((study, table.title, True) for study, table in context["studies"]),

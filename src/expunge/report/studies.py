@@ -203,7 +203,14 @@ STUDY_CHARTS = (persistence, sequential_curves, deletion_size, training_curves)
 
 CHART_NAMES = frozenset(
     (
-        *("forgetting-retention", "forget-distance", "cost-quality", "utility", "loss-distribution"),
+        *(
+            "forgetting-retention",
+            "modality-retention",
+            "forget-distance",
+            "cost-quality",
+            "utility",
+            "loss-distribution",
+        ),
         *("sequential-matrix", "sequential-curves", "deletion-size", "training-curves"),
     )
 )

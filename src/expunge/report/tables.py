@@ -86,7 +86,8 @@ def _properties(view: View, entry: Summary) -> dict[str, Any]:
     return {}
 
 
-def _line(view: View, entry: Summary) -> Line:
+def line_of(view: View, entry: Summary) -> Line:
+    """The head of an entry's row: name, tag, declared properties; cells are to come."""
     tag = KIND_NAMES.get(entry.kind, entry.kind)
     if not any(m.value is not None for m in entry.metrics.values()):
         tag = "failed"
@@ -94,7 +95,8 @@ def _line(view: View, entry: Summary) -> Line:
     return Line(entry.method, entry.kind, tag, entry.kind in CONTROLS, shown, [], entry.notes)
 
 
-def _cell(view: View, entry: Summary, metric: Metric) -> Cell:
+def cell_of(view: View, entry: Summary, metric: Metric) -> Cell:
+    """What an entry has on a metric, beside the retrained model; empty where it was not measured."""
     measure = entry.metrics.get(metric.name)
     if measure is None or measure.value is None:
         return Cell()
@@ -116,7 +118,7 @@ def board(view: View, full: bool = False) -> Table:
     ``full`` takes every metric; otherwise the leading ones of each group, and the share of the gap closed.
     """
     entries = view.main
-    lines = [_line(view, entry) for entry in entries]
+    lines = [line_of(view, entry) for entry in entries]
     columns: list[Column] = []
 
     def add(column: Column, cells: list[Cell]) -> None:
@@ -138,7 +140,7 @@ def board(view: View, full: bool = False) -> Table:
             of_group = [metric for metric in of_group if metric.name not in (view.primary, OWN_GAP)]
         for metric in of_group if full else of_group[: LEADING[group]]:
             label = metric.label
-            add(Column(metric.name, label, group, metric.ideal), [_cell(view, entry, metric) for entry in entries])
+            add(Column(metric.name, label, group, metric.ideal), [cell_of(view, entry, metric) for entry in entries])
     here = {name for entry in entries for name in entry.cost}
     costs = [name for name in COSTS if name in here] + sorted(here - set(COSTS))
     for name in costs if full else costs[: LEADING["cost"]]:
@@ -164,7 +166,7 @@ def study_table(view: View, study: str) -> Table | None:
     order = {entry.method: i for i, entry in reversed(list(enumerate(view.main)))}
     lines = []
     for entry in sorted(entries, key=lambda e: (order.get(e.method, len(order)), e.method, e.position or 0)):
-        line = _line(view, entry)
+        line = line_of(view, entry)
         line.flags, line.tag = [], f"{word} {entry.position}" if entry.position is not None else line.tag
         line.cells = [
             Cell(m if (m := entry.metrics.get(n)) and m.value is not None else None) for n in plain + numbered
