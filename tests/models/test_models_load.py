@@ -21,7 +21,7 @@ from expunge.models import load as load_module
 from expunge.models.adapter import evaluating
 from expunge.models.load import Loaded, load_model, save_model
 from expunge.models.lora import LoraOptions, apply_lora, is_lora, merge_lora, without_adapter
-from expunge.models.tiny import PRESETS, init_classifier, init_llava, init_text
+from expunge.models.tiny import PRESETS, init_classifier, init_llava, init_qwen2vl, init_text
 
 torch.set_num_threads(1)
 FACE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -36,6 +36,7 @@ BUILD: dict[str, tuple[Callable[[], Loaded], list[Sample]]] = {
     "resnet": (lambda: init_classifier(3, 32, 3, seed=1, mean=(0.4, 0.5, 0.6), std=(0.2,)), PICTURES),
     "vit": (lambda: init_classifier(3, 32, 3, arch="vit", seed=1), PICTURES),
     "llava": (lambda: init_llava(FACES, 1), FACES),
+    "qwen2vl": (lambda: init_qwen2vl(FACES, 1), FACES),
 }
 
 
@@ -158,7 +159,7 @@ def test_saved_folders_are_ordinary_hugging_face_folders(tmp_path: Path) -> None
     given = processor(images=FACE, text="<image>\nWho wrote the first program?", return_tensors="pt")
     coded = adapter.encode(FACES[0])
     assert given["input_ids"][0].tolist() == list(coded.ids[: coded.first])
-    torch.testing.assert_close(given["pixel_values"], adapter.extra_inputs(FACES[:1])["pixel_values"])
+    torch.testing.assert_close(given["pixel_values"], adapter.collate(FACES[:1]).inputs["pixel_values"])
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "auto"])

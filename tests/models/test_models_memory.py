@@ -18,7 +18,7 @@ from expunge.models.adapter import Adapter, Meter, evaluating, num_parameters
 from expunge.models.load import Loaded, load_model, save_model
 from expunge.models.lora import LoraOptions
 from expunge.models.memory import available_memory, check_resources, estimate
-from expunge.models.tiny import init_classifier, init_llava, init_text
+from expunge.models.tiny import init_classifier, init_llava, init_qwen2vl, init_text
 
 torch.set_num_threads(1)
 QA = [Sample(id=str(i), subject="x", prompt=f"Question {i}?", target="an answer of words " * 12) for i in range(4)]
@@ -92,9 +92,10 @@ def test_image_models(arch: Any, tmp_path: Path) -> None:
     assert estimate(tmp_path / "c", lora=options).trainable == trainable
 
 
+@pytest.mark.parametrize("build", [init_llava, init_qwen2vl])
 @pytest.mark.parametrize("targets", ["all-linear", "language", "vision"])
-def test_llava_with_lora(tmp_path: Path, targets: str) -> None:
-    save_model(init_llava(QA), tmp_path / "l")
+def test_lora_on_towers(tmp_path: Path, targets: str, build: Any) -> None:
+    save_model(build(QA), tmp_path / "l")
     options = LoraOptions(r=2, targets=targets)
     tuned = load_model(tmp_path / "l", device="cpu", lora=options)
     trainable = sum(p.numel() for p in tuned.model.parameters() if p.requires_grad)

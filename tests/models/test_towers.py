@@ -15,7 +15,7 @@ from expunge.methods.registry import get_method
 from expunge.methods.scope import get_scope
 from expunge.models.adapter import evaluating
 from expunge.models.lora import LoraOptions, apply_lora
-from expunge.models.tiny import init_classifier, init_llava, init_text
+from expunge.models.tiny import init_classifier, init_llava, init_qwen2vl, init_text
 from expunge.models.towers import TOWERS, parameters_of
 
 torch.set_num_threads(1)
@@ -23,7 +23,7 @@ TEXTS = [Sample(id=str(i), subject="x", prompt=f"Question {i}?", target="an answ
 SEES = ("vision_tower", "multi_modal_projector", "visual.")  # parts of names, by hand
 
 
-@pytest.mark.parametrize("build", [init_llava])
+@pytest.mark.parametrize("build", [init_llava, init_qwen2vl])
 def test_every_weight_stands_in_one_tower(build: Any) -> None:
     model = build(TEXTS).model
     seen, spoken = (parameters_of(model, tower) for tower in ("vision", "language"))
@@ -31,7 +31,7 @@ def test_every_weight_stands_in_one_tower(build: Any) -> None:
     assert seen and spoken == {n for n, _ in model.named_parameters()} - seen
 
 
-@pytest.mark.parametrize("build", [init_llava])
+@pytest.mark.parametrize("build", [init_llava, init_qwen2vl])
 def test_lora_on_one_tower_or_on_both(build: Any) -> None:
     adapted: dict[str, set[str]] = {}
     for targets in (*TOWERS, "all-linear"):

@@ -22,7 +22,8 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
     "tekken.json", "added_tokens.json", "tokenizer_config.json",
 )  # fmt: skip
-LLAVA_TYPES = ("llava",)
+QWEN_TYPES = ("qwen2_vl", "qwen2_5_vl")
+SEEING = ("llava", *QWEN_TYPES)
 MLP_TYPE = "expunge_mlp"  # our own, see models/mlp.py
 
 
@@ -190,7 +191,7 @@ def modality_of(config: Mapping[str, Any], path: Path) -> Modality:
     """
     kind = str(config.get("model_type"))
     built = str((config.get("architectures") or [""])[0])
-    if kind in LLAVA_TYPES:
+    if kind in SEEING:
         return "multimodal"
     if kind == MLP_TYPE:
         return "classifier"
@@ -209,7 +210,7 @@ def modality_of(config: Mapping[str, Any], path: Path) -> Modality:
         return "classifier"
     if "vision_config" in config or "audio_config" in config:
         raise UserError(
-            f"'{path}' is a multimodal model of type '{kind}': supported are {', '.join(LLAVA_TYPES)}, causal language "
+            f"'{path}' is a multimodal model of type '{kind}': supported are {', '.join(SEEING)}, causal language "
             "models and image classifiers."
         )
     from transformers.models.auto.modeling_auto import (
@@ -223,7 +224,8 @@ def modality_of(config: Mapping[str, Any], path: Path) -> Modality:
     if not built and kind in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
         return "classifier"
     raise UserError(
-        f"'{path}' is a {built or kind}: supported are causal language models, image classifiers and LLaVA models."
+        f"'{path}' is a {built or kind}: supported are causal language models, image classifiers, and "
+        f"{', '.join(SEEING)}."
     )
 
 

@@ -21,6 +21,7 @@ from expunge.models.adapter import Adapter
 from expunge.models.attached import ATTACHED, attachments, load_attached, save_attached
 from expunge.models.classifier import ClassifierAdapter
 from expunge.models.folder import (
+    QWEN_TYPES,
     ModelFolder,
     check_tokenizer_files,
     first_line,
@@ -33,6 +34,7 @@ from expunge.models.images import Preprocess
 from expunge.models.lora import LoraOptions, apply_lora, is_lora, merge_lora
 from expunge.models.multimodal import LlavaAdapter, image_token_count
 from expunge.models.quiet import quiet
+from expunge.models.qwen2vl import PatchPreprocess, Qwen2VLAdapter
 from expunge.models.text import TextAdapter, causal_lm
 
 DTYPES = {
@@ -67,7 +69,7 @@ def load_model(
     lora: LoraOptions | None = None,
     seed: int = 0,
 ) -> Loaded:
-    """Load a causal language model, image classifier or LLaVA model, a LoRA adapter or a zone with its base.
+    """Load a causal language model, image classifier, LLaVA or Qwen2-VL model, a LoRA adapter or a zone with its base.
 
     Args:
         name_or_folder: a local folder; where there is none, a hub name (only then is the network used).
@@ -224,23 +226,45 @@ def _adapter(base: ModelFolder, folder: ModelFolder, model: nn.Module, template:
     if base.modality == "text":
         return TextAdapter(tokenizer=tokenizer, template=template, context=context)
     files = {n: read_json(base.path / n) for n in PROCESSOR_FILES if (base.path / n).is_file()}
-    nested = files.get("processor_config.json", {}).get("image_processor")  # where transformers 5 writes it
-    size = int(config.vision_config.image_size)
-    given = files.get("preprocessor_config.json") or nested or {"size": {"height": size, "width": size}}
     token_id = int(config.image_token_id)
-    names = [word for word, number in vocabulary.items() if number == token_id]
-    if not names:
+    names = {number: word for word, number in vocabulary.items()}
+    if token_id not in names:
         raise UserError(f"the tokenizer in '{with_tokenizer}' has no image token (id {token_id} of config.json).")
-    return LlavaAdapter(
-        tokenizer=tokenizer,
-        template=template,
-        context=context,
-        preprocess=Preprocess.read(given, size=size, channels=int(config.vision_config.num_channels)),
-        image_token=names[0],
-        image_token_id=token_id,
-        image_tokens=image_token_count(config),
-        files=files,
-    )
+    common: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "template": template,
+        "context": context,
+        "image_token": names[token_id],
+        "image_token_id": token_id,
+        "files": files,
+    }
+    return (_qwen if config.model_type in QWEN_TYPES else _llava)(config, names, files, common)
+
+
+def _llava(config: Any, _: Mapping[int, str], files: Mapping[str, Any], common: dict[str, Any]) -> LlavaAdapter:
+    size = int(config.vision_config.image_size)
+    given = _image_processor(files) or {"size": {"height": size, "width": size}}
+    preprocess = Preprocess.read(given, size=size, channels=int(config.vision_config.num_channels))
+    if (preprocess.height, preprocess.width) != (size, size):
+        raise UserError(
+            f"the image processor makes images of {preprocess.height} x {preprocess.width} and the model takes {size} "
+            f"x {size}: image tokens would not match the image; copy the file that belongs to the model."
+        )
+    return LlavaAdapter(**common, preprocess=preprocess, image_tokens=image_token_count(config))
+
+
+def _qwen(config: Any, names: Mapping[int, str], files: Mapping[str, Any], common: dict[str, Any]) -> LlavaAdapter:
+    lost = [i for i in (config.vision_start_token_id, config.vision_end_token_id) if i not in names]
+    if lost:
+        raise UserError(f"the tokenizer has no mark of id {lost[0]}, between which config.json has images stand.")
+    marks = (names[config.vision_start_token_id], names[config.vision_end_token_id])
+    preprocess = PatchPreprocess.of(_image_processor(files) or {}, config.vision_config)
+    return Qwen2VLAdapter(**common, preprocess=preprocess, marks=marks)
+
+
+def _image_processor(files: Mapping[str, Any]) -> Any:
+    nested = files.get("processor_config.json", {}).get("image_processor")  # where transformers 5 writes it
+    return files.get("preprocessor_config.json") or nested
 
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")

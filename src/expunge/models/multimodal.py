@@ -41,13 +41,22 @@ class LlavaAdapter(TextAdapter):
 
     # -- text ----------------------------------------------------------------------------------------------------
 
+    @property
+    def image_text(self) -> str:
+        """What stands for an image in a text, before it is repeated."""
+        return self.image_token
+
+    def tokens_of(self, sample: Sample) -> int:
+        """How many tokens the sample's image takes."""
+        return self.image_tokens
+
     def opening(self, sample: Sample) -> str:
         if sample.image is None or self.image_token in sample.prompt:
             return ""
-        return self.image_token + ("\n" if sample.prompt else "")
+        return self.image_text + ("\n" if sample.prompt else "")
 
     def content(self, sample: Sample) -> Any:
-        text = sample.prompt.replace(self.image_token, "").strip()
+        text = sample.prompt.replace(self.image_text, "").replace(self.image_token, "").strip()
         image = [{"type": "image"}] if sample.image is not None else []
         return [*image, {"type": "text", "text": text}]
 
@@ -84,17 +93,15 @@ class LlavaAdapter(TextAdapter):
             )
         if not places:
             return ids, first, lead
-        if places[0] + self.image_tokens + 2 > self.context:
-            raise UserError(
-                f"an image takes {self.image_tokens} tokens and the context is {self.context}: raise --context."
-            )
-        at = places[0]
-        longer = ids[:at] + [self.image_token_id] * self.image_tokens + ids[at + 1 :]
-        return longer, first + self.image_tokens - 1, at + self.image_tokens
+        at, count = places[0], self.tokens_of(sample)
+        if at + count + 2 > self.context:
+            raise UserError(f"an image takes {count} tokens and the context is {self.context}: raise --context.")
+        longer = ids[:at] + [self.image_token_id] * count + ids[at + 1 :]
+        return longer, first + count - 1, at + count
 
     # -- images --------------------------------------------------------------------------------------------------
 
-    def extra_inputs(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    def extra_inputs(self, samples: Sequence[Sample], ids_BT: Tensor) -> dict[str, Tensor]:
         """``pixel_values`` (images, C, H, W) float32, in the order of the samples that have one."""
         rows = [self.pixels(s) for s in samples if s.image is not None]
         return {"pixel_values": self.preprocess.tensor(np.stack(rows))} if rows else {}

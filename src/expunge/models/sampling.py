@@ -87,14 +87,14 @@ def sample_ids(
             ids_BT[row, longest - len(starts[i]) :] = torch.tensor(list(starts[i]))
             mask_BT[row, longest - len(starts[i]) :] = 1
             uniform_BT[row] = torch.from_numpy(_rng(seed, samples[i], k).random(steps))
-        extra = {k: v.to(device) for k, v in adapter.extra_inputs([samples[i] for i, _ in group]).items()}
+        extra = adapter.extra_inputs([samples[i] for i, _ in group], ids_BT)
         choose = _Choose(longest, uniform_BT.to(device, _wide(device)), temperature, top_k, top_p)
         with evaluating(model):
             # Greedy decoding over scores that leave one token: every cache and input of `generate` serves unchanged.
             out_BT = generator.generate(
                 input_ids=ids_BT.to(device),
                 attention_mask=mask_BT.to(device),
-                **extra,
+                **{k: v.to(device) for k, v in extra.items()},
                 max_new_tokens=steps,
                 logits_processor=LogitsProcessorList([choose]),
                 **GREEDY,

@@ -196,7 +196,7 @@ class TextAdapter(Adapter):
             cols += [t - 1 for t in span]
             targets += [c.ids[t] for t in span]
         return Batch(
-            {"input_ids": ids_BT, "attention_mask": mask_BT, **self.extra_inputs(samples)},
+            {"input_ids": ids_BT, "attention_mask": mask_BT, **self.extra_inputs(samples, ids_BT)},
             torch.tensor(targets, dtype=torch.long),
             torch.tensor(rows, dtype=torch.long),
             torch.tensor(cols, dtype=torch.long),
@@ -204,8 +204,8 @@ class TextAdapter(Adapter):
             ids_BT.numel(),
         )
 
-    def extra_inputs(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """Model inputs beside the tokens (pixels)."""
+    def extra_inputs(self, samples: Sequence[Sample], ids_BT: Tensor) -> dict[str, Tensor]:
+        """Model inputs beside the tokens (pixels); ``ids_BT`` are the samples' tokens as padded."""
         return {}
 
     def hidden_and_head(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Head]:
@@ -257,12 +257,12 @@ class TextAdapter(Adapter):
             for row, prompt in enumerate(prompts):
                 ids_BT[row, longest - len(prompt) :] = torch.tensor(prompt)
                 mask_BT[row, longest - len(prompt) :] = 1
-            extra = {k: v.to(device) for k, v in self.extra_inputs([samples[i] for i in group]).items()}
+            extra = self.extra_inputs([samples[i] for i in group], ids_BT)
             with evaluating(model):
                 out_BT = generator.generate(
                     input_ids=ids_BT.to(device),
                     attention_mask=mask_BT.to(device),
-                    **extra,
+                    **{k: v.to(device) for k, v in extra.items()},
                     max_new_tokens=max_new_tokens,
                     **GREEDY,
                     pad_token_id=self.pad_id,

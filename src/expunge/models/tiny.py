@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -26,6 +26,7 @@ from expunge.models.classifier import ClassifierAdapter
 from expunge.models.images import BICUBIC, Preprocess
 from expunge.models.load import Loaded
 from expunge.models.multimodal import LlavaAdapter, image_token_count
+from expunge.models.qwen2vl import PatchPreprocess, Qwen2VLAdapter
 from expunge.models.small_resnet import SmallResNetForImageClassification
 from expunge.models.text import TextAdapter
 
@@ -51,6 +52,9 @@ PRESETS = {
     "tiny": Preset(width=96, inner=256, layers=2, heads=4, vocab=1000),  # about 0.32 million
     "small": Preset(width=128, inner=320, layers=3, heads=4, vocab=1500),  # about 0.76 million
 }
+
+
+SEEING = Preset(width=64, inner=128, layers=2, heads=4, vocab=400)  # the language model of those that see
 
 
 @contextmanager
@@ -268,8 +272,7 @@ def init_llava(samples: Sequence[Sample], seed: int = 0, *, image_size: int = 32
 
     if image_size < 8 or image_size % 4:
         raise UserError(f"image size {image_size}: allowed are multiples of 4 from 8 on.")
-    size = Preset(width=64, inner=128, layers=2, heads=4, vocab=400)
-    tokenizer = train_tokenizer(_texts(samples), size.vocab, special=[IMAGE])
+    tokenizer = train_tokenizer(_texts(samples), SEEING.vocab, special=[IMAGE])
     token_id = int(tokenizer.convert_tokens_to_ids(IMAGE))
     vision = CLIPVisionConfig(
         hidden_size=32,
@@ -282,22 +285,18 @@ def init_llava(samples: Sequence[Sample], seed: int = 0, *, image_size: int = 32
     )
     config = LlavaConfig(
         vision_config=vision,
-        text_config=LlamaConfig(**_llama(size, tokenizer)),
+        text_config=LlamaConfig(**_llama(SEEING, tokenizer)),
         image_token_index=token_id,
         image_seq_length=16,
         vision_feature_select_strategy="default",
         vision_feature_layer=-2,
         tie_word_embeddings=False,
     )
-    with seeded(seed):
-        model = LlavaForConditionalGeneration(config)
-    for name, value in _ids(tokenizer).items():
-        setattr(model.generation_config, name, value)
-    model.eval()
+    model = _speaking(LlavaForConditionalGeneration, config, tokenizer, seed)
     adapter = LlavaAdapter(
         tokenizer=tokenizer,
         template="plain",
-        context=size.context,
+        context=SEEING.context,
         preprocess=Preprocess(height=image_size, width=image_size, resample=BICUBIC, mean=(0.5,) * 3, std=(0.5,) * 3),
         image_token=IMAGE,
         image_token_id=token_id,
@@ -314,3 +313,55 @@ def init_llava(samples: Sequence[Sample], seed: int = 0, *, image_size: int = 32
     )
     adapter.bind(model)
     return Loaded(model, adapter, f"init:llava:{seed}")
+
+
+def init_qwen2vl(samples: Sequence[Sample], seed: int = 0, *, image_size: int = 32) -> Loaded:
+    """An untrained Qwen2-VL of at most 0.17 million parameters, and a tokenizer.
+
+    A square image is 16 tokens, whatever its size; another one keeps its shape and takes about as many.
+
+    Raises:
+        UserError: no samples, or an image size that is no multiple of 8.
+    """
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    if image_size < 8 or image_size % 8:
+        raise UserError(f"image size {image_size}: allowed are multiples of 8 from 8 on.")
+    names = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
+    names |= {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
+    tokenizer = train_tokenizer(_texts(samples), SEEING.vocab, special=list(names.values()))
+    ids = {kind: int(tokenizer.convert_tokens_to_ids(word)) for kind, word in names.items()}
+    patch, half = image_size // 8, SEEING.width // SEEING.heads // 2
+    vision = {
+        "depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "hidden_size": SEEING.width,
+        "patch_size": patch, "spatial_merge_size": 2, "temporal_patch_size": 2,
+    }  # fmt: skip
+    # Of the half width that positions turn, a quarter goes to time and the rest in equal parts to rows and columns.
+    sections = [half // 4, (half - half // 4) // 2, (half - half // 4 + 1) // 2]
+    rope = {"rope_type": "default", "mrope_section": sections, "rope_theta": 1e6}
+    config = Qwen2VLConfig(
+        vision_config=vision,
+        text_config={**_llama(SEEING, tokenizer), "rope_parameters": rope},
+        tie_word_embeddings=False,
+        **{f"{kind}_token_id": number for kind, number in ids.items()},
+    )
+    model = _speaking(Qwen2VLForConditionalGeneration, config, tokenizer, seed)
+    preprocess = PatchPreprocess.of({"min_pixels": image_size**2, "max_pixels": image_size**2}, config.vision_config)
+    adapter = Qwen2VLAdapter(
+        tokenizer=tokenizer,
+        template="plain",
+        context=SEEING.context,
+        preprocess=replace(preprocess, raw={}),
+        image_token_id=ids["image"],
+    )
+    adapter.bind(model)
+    return Loaded(model, adapter, f"init:qwen2vl:{seed}")
+
+
+def _speaking(kind: Any, config: Any, tokenizer: Any, seed: int) -> Any:
+    """A vision-language model in eval mode that ends its answers with this tokenizer's tokens."""
+    with seeded(seed):
+        model = kind(config)
+    for name, value in _ids(tokenizer).items():
+        setattr(model.generation_config, name, value)
+    return model.eval()
