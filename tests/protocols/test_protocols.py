@@ -14,7 +14,8 @@ from scipy.stats import spearmanr
 
 from conftest import shared
 from expunge.attacks.exam import Checkpoint
-from expunge.completeness.protocols import PROTOCOLS, ProtocolOptions, get_protocol, run_protocol
+from expunge.completeness.protocols import PROTOCOLS, ProtocolOptions, get_protocol, run_protocol, store
+from expunge.completeness.protocols.approximate import BOUNDED, ORIGINAL, RETRAINED, unlearned
 from expunge.completeness.protocols.binui import shifted
 from expunge.completeness.protocols.fake import NEUTRAL, REFUSAL, guard, noisy, prefix_check, prefixed
 from expunge.completeness.protocols.scores import Case, losses, posteriors, rmia_offset, scores_of
@@ -22,6 +23,7 @@ from expunge.completeness.protocols.store import Store, between, content_key, st
 from expunge.completeness.protocols.tables import (
     BINARY,
     GRADED,
+    LEVELS,
     Cell,
     crossed,
     member_tpr,
@@ -31,6 +33,7 @@ from expunge.completeness.protocols.tables import (
 from expunge.completeness.protocols.world import World, make_world
 from expunge.data.registry import load_dataset
 from expunge.errors import UserError
+from expunge.methods.registry import get_method
 from expunge.stats import auc, tpr_at_fpr
 from expunge.training.loop import TrainOptions
 
@@ -107,10 +110,11 @@ def test_the_world_needs_a_holdout(folder: Path) -> None:
 
 def test_models_are_kept_by_content(world: World, folder: Path) -> None:
     before = world.shadow(0)
+    assert before.model is not None  # trained now
     again = Store(folder / "models", world.store.options)
     kept = again.model(world.start(world.seed_of("shadow 0"), "resnet"), world.part(0), world.seed_of("shadow 0"), "x")
     assert again.trained == 0 and kept.digest == before.digest
-    assert losses(kept, world.private) == pytest.approx(losses(before, world.private), abs=0)
+    assert not again._waiting and losses(kept, world.private) == pytest.approx(losses(before, world.private), abs=0)
     part, options = world.part(0), world.store.options
     keys = {
         content_key("a", part, 0, options),
@@ -120,6 +124,30 @@ def test_models_are_kept_by_content(world: World, folder: Path) -> None:
         content_key("a", part, 0, TrainOptions(epochs=3)),
     }
     assert len(keys) == 5
+
+
+def test_what_was_asked_for_is_trained_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    together = store.train_many
+
+    def spy(jobs: list[Any], *rest: Any, **more: Any) -> Any:
+        calls.append([job.name for job in jobs])
+        return together(jobs, *rest, **more)
+
+    monkeypatch.setattr(store, "train_many", spy)
+    world = make_world("digits", folder / "lazy", ProtocolOptions(**FAST | {"epochs": 1}), data_options=SMALL)
+    first, others = world.target(0), world.group(0, 2)
+    later = world.store.model(start_at(first.original), world.private[:20], 5, "later")
+    assert calls == [] and world.store.trained == 0
+    before = {n: p.clone() for n, p in others.shadows[0].model.named_parameters()}
+    assert calls == [
+        ["original 0", "retrained 0", "shadow origin", "shadow 0", "shadow 1"],
+        ["later"],  # starts from one of the first
+    ]
+    assert world.store.trained == 6 and sorted(p.name for p in world.store.folder.iterdir()) == sorted(
+        c.digest for c in (first.original, first.unlearned, others.origin, *others.shadows, later) if c is not None
+    )
+    assert losses(later, world.private).shape == (60,) and len(calls) == 2
 
 
 def test_trajectory_and_interpolation(world: World) -> None:
@@ -219,8 +247,8 @@ def test_statistics_against_others() -> None:
 
 
 @cache
-def options() -> dict[str, Any]:
-    return {"data": "digits", "data_options": SMALL, "groups": 2, "shadows": 2, "options": FAST}
+def options(**more: Any) -> dict[str, Any]:
+    return {"data": "digits", "data_options": SMALL, "groups": 2, "shadows": 2, "options": FAST | more}
 
 
 def test_binui_end_to_end_and_again(folder: Path) -> None:
@@ -264,6 +292,30 @@ def test_variants_end_to_end(folder: Path, name: str) -> None:
     found = {(line["setting"], line["score"]): line["metrics"]["auc"]["value"] for line in results["lines"]}
     settings = {"shift": {"same distribution", "shifted shadows"}, "incremental": {"incremental"}}[name]
     assert {s for s, _ in found} == settings and all(found[s, "loss"] > 0.55 for s in settings)
+
+
+def test_approximate_methods(folder: Path) -> None:
+    results = run_protocol("approximate", out=folder, **options(methods="ga, finetune"))
+    table = {(line["setting"], line["score"]): line["metrics"] for line in results["lines"]}
+    assert {s for s, _ in table} == set(BOUNDED) and len(table) == 4 * len(BOUNDED)
+    iam = {name: table["IAM-On", name] for name in (RETRAINED, ORIGINAL, "ga", "finetune")}
+    forgotten = {name: row["level.forget"]["value"] for name, row in iam.items()}
+    assert forgotten[RETRAINED] < forgotten[ORIGINAL] and forgotten["ga"] < forgotten[ORIGINAL]
+    assert iam[RETRAINED]["level.retain"]["value"] > iam[RETRAINED]["level.forget"]["value"]
+    assert iam[RETRAINED]["auc"]["value"] > 0.6 > iam[ORIGINAL]["auc"]["value"]
+    page = (folder / "approximate" / "results.md").read_text()
+    assert "| served | auc | level.forget | level.retain | note |" in page and f"| {ORIGINAL} |" in page
+    same = ProtocolOptions(**FAST | {"epochs": 20.0}, groups=2, shadows=2)
+    again = make_world("digits", folder, same, data_options=SMALL)
+    unlearned(again, again.target(0), get_method("ga"))
+    assert again.store.trained == 0  # kept beside the others
+
+
+def test_levels_are_means_by_truth() -> None:
+    score_N, truth_N = np.array([0.1, 0.3, 0.8, 1.0]), np.array([0.0, 0.0, 1.0, 1.0])
+    assert LEVELS["level.forget"](score_N, truth_N) == pytest.approx(0.2)
+    assert LEVELS["level.retain"](score_N, truth_N) == pytest.approx(0.9)
+    assert np.isnan(LEVELS["level.retain"](score_N[:2], truth_N[:2]))
 
 
 @pytest.mark.slow
@@ -330,6 +382,8 @@ def test_shifted_samples() -> None:
         ("binui", {"options": {"target": 3}}, "did you mean 'targets'"),
         ("binui", {"options": {"share": 1.5}}, "give a number from 0 to 1"),
         ("binui", {"shadows": 0}, "give 1 or more"),
+        ("approximate", {"options": {"methods": "ga,sds"}}, "did you mean 'ssd'"),
+        ("approximate", {"options": {"methods": "icu"}}, "works on text"),
         ("binui", {"init": "resnt"}, "did you mean 'resnet'"),
         ("fake", {"data": "people", "data_options": PEOPLE, "shadows": 1}, "2 shadows per group"),
         ("binui", {"data": "people", "data_options": {**PEOPLE, "utility": 0}}, "utility samples first"),
@@ -342,7 +396,7 @@ def test_bad_input(tmp_path: Path, name: str, more: dict[str, Any], message: str
 
 def test_every_protocol_says_what_it_does() -> None:
     assert set(PROTOCOLS) == {
-        "binui", "scoreui", "shift", "incremental", "architecture", "shadows", "scoring", "fake",
+        "binui", "scoreui", "shift", "incremental", "architecture", "shadows", "scoring", "approximate", "fake",
     }  # fmt: skip
     assert all(
         get_protocol(name).summary.endswith((".", "?")) or "truth" in get_protocol(name).summary for name in PROTOCOLS

@@ -15,7 +15,7 @@ import numpy as np
 from expunge.attacks.exam import Checkpoint
 from expunge.completeness.protocols.binui import form_of
 from expunge.completeness.protocols.scores import ROWS, Case, losses, scores_of
-from expunge.completeness.protocols.tables import Cell, Outcome, Statistic, lines
+from expunge.completeness.protocols.tables import LEVELS, Cell, Outcome, Statistic, lines, mean_where
 from expunge.completeness.protocols.world import Group, Target, World
 from expunge.completeness.readings import Floats
 from expunge.data.chance import hashed, pick
@@ -146,13 +146,4 @@ def prefix_check(model: Checkpoint, samples: Sequence[Sample]) -> Floats:
     return losses(model, samples) - losses(model, [prefixed(s, NEUTRAL) for s in samples])
 
 
-def _mean_where(truth: float) -> Statistic:
-    def statistic(score_N: Floats, truth_N: Floats) -> float:
-        chosen = score_N[truth_N == truth]
-        return float(chosen.mean()) if chosen.size else float("nan")
-
-    return statistic
-
-
-LEVELS: dict[str, Statistic] = {"level.forget": _mean_where(0.0), "level.retain": _mean_where(1.0)}
-ALARMS: dict[str, Statistic] = {"alarm.forget": _mean_where(0.0), "alarm.retain": _mean_where(1.0)}
+ALARMS: dict[str, Statistic] = {"alarm.forget": mean_where(0.0), "alarm.retain": mean_where(1.0)}

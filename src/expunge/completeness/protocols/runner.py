@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from expunge.completeness.protocols import binui, scoreui
+from expunge.completeness.protocols.approximate import approximate
 from expunge.completeness.protocols.binui import Protocol
 from expunge.completeness.protocols.fake import fake
 from expunge.completeness.protocols.figure import draw
@@ -33,6 +34,7 @@ class Entry:
     order: str
     modalities: frozenset[str] = frozenset({"text", "classifier"})
     brief: bool = True
+    rows: str = "score"  # what stands in the first column
 
     @property
     def summary(self) -> str:
@@ -49,6 +51,7 @@ PROTOCOLS: dict[str, Entry] = {
         Entry("architecture", binui.architectures, "auc"),
         Entry("shadows", binui.number_of_shadows, "auc"),
         Entry("scoring", binui.scoring_functions, "auc"),
+        Entry("approximate", approximate, "level.forget", rows="served"),
         Entry("fake", fake, "alarm.forget", frozenset({"text"}), brief=False),
     )
 }
@@ -135,7 +138,7 @@ def run_protocol(
             outcome = entry.run(world)
             results = plain(results_of(entry, world, outcome))
             run.write_json("results.json", results)
-            run.write_text("results.md", markdown(results, entry.order))
+            run.write_text("results.md", markdown(results, entry.rows))
             draw(results, entry.order, run.path(f"figures/{name}.png"))
             run.finish(notes=outcome.notes, figures={"models trained": world.store.trained})
         found: dict[str, Any] = run.read_json("results.json")
@@ -177,7 +180,7 @@ def _sorted(lines: Sequence[Line], order: str) -> list[Line]:
 # -- for people ----------------------------------------------------------------------------------------------------
 
 
-def markdown(results: Mapping[str, Any], order: str) -> str:
+def markdown(results: Mapping[str, Any], rows: str) -> str:
     """results.md: one table per setting, best score first."""
     data, options = results["dataset"], results["options"]
     said = [
@@ -195,7 +198,7 @@ def markdown(results: Mapping[str, Any], order: str) -> str:
     for setting in settings:
         own = [line for line in results["lines"] if line["setting"] == setting]
         columns = list(dict.fromkeys(name for line in own for name in line["metrics"]))
-        said += [f"## {setting}", "", f"| score | {' | '.join(columns)} | note |", "|---" * (len(columns) + 2) + "|"]
+        said += [f"## {setting}", "", f"| {rows} | {' | '.join(columns)} | note |", "|---" * (len(columns) + 2) + "|"]
         for line in own:
             cells = [_shown(line["metrics"].get(column)) for column in columns]
             said.append(f"| {line['score']} | {' | '.join(cells)} | {line['note']} |")

@@ -89,8 +89,19 @@ def scaled_error(score_N: Floats, truth_N: Floats) -> float:
     return float(np.mean(((score_N - low) / (width or 1.0) - truth_N) ** 2))
 
 
+def mean_where(truth: float) -> Statistic:
+    """Mean score of the samples of one truth; nan where there are none."""
+
+    def statistic(score_N: Floats, truth_N: Floats) -> float:
+        chosen = score_N[truth_N == truth]
+        return float(chosen.mean()) if chosen.size else float("nan")
+
+    return statistic
+
+
 BINARY: Mapping[str, Statistic] = {"auc": member_auc, "tpr@1%": member_tpr}
 GRADED: Mapping[str, Statistic] = {"spearman": rank_correlation, "mse": scaled_error}
+LEVELS: Mapping[str, Statistic] = {"level.forget": mean_where(0.0), "level.retain": mean_where(1.0)}
 
 
 # -- intervals -----------------------------------------------------------------------------------------------------

@@ -67,6 +67,10 @@ class ProtocolOptions:
     batch_size: int = option(32, "samples per step")
     learning_rate: float = option(3e-3, "peak learning rate")
     resamples: int = option(200, "bootstrap draws of targets, groups and subjects")
+    methods: str = option(
+        "finetune,ga,boundary,forsaken,fisher-noise,l-codec,ssd,salun,scrub",
+        "those of protocol approximate, with commas",
+    )
     arch: str = option("resnet", "architecture of classifiers; mlp for vectors of features", choices=(*ARCHS, "mlp"))
 
     def __post_init__(self) -> None:
