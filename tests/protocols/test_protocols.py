@@ -26,6 +26,7 @@ from expunge.completeness.protocols.tables import (
     LEVELS,
     Cell,
     crossed,
+    margins,
     member_tpr,
     rank_correlation,
     scaled_error,
@@ -139,7 +140,6 @@ def test_what_was_asked_for_is_trained_together(folder: Path, monkeypatch: pytes
     first, others = world.target(0), world.group(0, 2)
     later = world.store.model(start_at(first.original), world.private[:20], 5, "later")
     assert calls == [] and world.store.trained == 0
-    before = {n: p.clone() for n, p in others.shadows[0].model.named_parameters()}
     assert calls == [
         ["original 0", "retrained 0", "shadow origin", "shadow 0", "shadow 1"],
         ["later"],  # starts from one of the first
@@ -283,6 +283,24 @@ def test_scoreui_end_to_end(folder: Path) -> None:
     assert set(table["IAM-On"]) == {f"{s}.{t}" for s in GRADED for t in ("trajectory", "interpolation")}
     steps = results["facts"]["mean score by step"]["trajectory"]["loss"]
     assert len(steps) == 3 and steps[0] < steps[-1]
+
+
+def test_margins_are_drawn_in_pairs() -> None:
+    rng = np.random.default_rng(0)
+    truth_N = np.repeat([0.0, 1.0], 40)
+    people = [str(i) for i in range(80)]
+    base = [truth_N + rng.normal(0, 1, 80) for _ in range(4)]
+    cells = [
+        Cell(t, g, people, truth_N, {"a": base[2 * t + g], "b": base[2 * t + g] * 3 + 1, "c": rng.normal(0, 1, 80)})
+        for t in range(2)
+        for g in range(2)
+    ]
+    pairs = [("a", "b"), ("a", "c"), ("a", "absent")]
+    found = margins(cells, pairs, "auc", BINARY["auc"], resamples=50)
+    table = crossed(cells, {"auc": BINARY["auc"]}, resamples=50)
+    assert set(found) == set(pairs[:2]) and found["a", "b"].value == found["a", "b"].low == found["a", "b"].high == 0
+    assert found["a", "c"].value == pytest.approx(table["a"]["auc"].value - table["c"]["auc"].value)
+    assert 0 < found["a", "c"].low < found["a", "c"].value < found["a", "c"].high and found["a", "c"].n == 160
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from expunge.completeness.protocols.scores import ROWS, SCORING_ROWS, Case, Row, losses, scores_of
 from expunge.completeness.protocols.store import start_at
-from expunge.completeness.protocols.tables import BINARY, Cell, Outcome, lines
+from expunge.completeness.protocols.tables import BINARY, Cell, Outcome, lines, margins
 from expunge.completeness.protocols.world import ARCHS, Group, Halves, Target, World
 from expunge.completeness.readings import Form
 from expunge.data.chance import shuffled
@@ -29,12 +29,23 @@ SHORT = (
     "IAM-On",
     "IAM-Off",
     "IAM-frozen",
+    "LiRA-On-single",
     "LiRA-Off",
+    "RMIA-On-single",
     "RMIA-Off",
     "EMIA-R",
     "loss",
     "loss-difference",
     "gap-ratio",
+)
+
+# What the published table orders: with and without the original, each with the same shadows and nothing else.
+MARGINS = (
+    ("IAM-On", "LiRA-On-single"),
+    ("IAM-On", "RMIA-On-single"),
+    ("IAM-Off", "LiRA-Off"),
+    ("IAM-Off", "RMIA-Off"),
+    ("Expunge", "IAM-On"),
 )
 
 
@@ -62,7 +73,11 @@ def measure(
             cells.append(Cell(t, g, [s.subject for s in target.samples], target.truth_N, scores))
     notes = {row.name: row.note for row in rows}
     world.progress.say(f"{setting}: {len(cells)} cells of {len(cells[0].truth_N)} samples")
-    outcome.lines += lines(setting, cells, BINARY, notes, resamples=world.options.resamples, seed=world.seed)
+    draws = {"resamples": world.options.resamples, "seed": world.seed}
+    outcome.lines += lines(setting, cells, BINARY, notes, **draws)
+    for (one, other), estimate in margins(cells, MARGINS, "auc", BINARY["auc"], **draws).items():
+        interval = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
+        outcome.facts[f"{setting}: AUC of {one} less that of {other}"] = interval
 
 
 def short(rows: Sequence[Row] = ROWS) -> list[Row]:

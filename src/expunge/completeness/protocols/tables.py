@@ -115,14 +115,54 @@ def crossed(
     Every draw takes targets, groups, and the subjects of each drawn target, with replacement; all scores get the same
     draws. ``n`` counts samples over targets. A score with nan in a cell is measured on the samples that have it.
     """
+    values, draws = _drawn(cells, statistics, resamples, seed)
+    negatives = min(int(np.sum(c.truth_N == 0)) for c in cells)
+    count, note = _size(cells)
+    found: dict[str, dict[str, Estimate]] = {}
+    for (name, statistic), value in values.items():
+        low, high = percentile_interval(np.array(draws[name, statistic]))
+        few = statistic == "tpr@1%" and negatives < 100
+        more = f"{note}; only {negatives} negatives: a rate of 1 % is not resolved" if few else note
+        found.setdefault(name, {})[statistic] = Estimate(value, low, high, count, f"protocol.{statistic}/1", more)
+    return found
+
+
+def margins(
+    cells: Sequence[Cell],
+    pairs: Sequence[tuple[str, str]],
+    label: str,
+    statistic: Statistic,
+    *,
+    resamples: int = 200,
+    seed: int = 0,
+) -> dict[tuple[str, str], Estimate]:
+    """How far the first score of a pair is above the second, both on the same draws of :func:`crossed`."""
+    values, draws = _drawn(cells, {label: statistic}, resamples, seed)
+    count, note = _size(cells)
+    found = {}
+    for one, other in pairs:
+        if (one, label) in values and (other, label) in values:
+            low, high = percentile_interval(np.array(draws[one, label]) - np.array(draws[other, label]))
+            value = values[one, label] - values[other, label]
+            found[one, other] = Estimate(value, low, high, count, f"protocol.{label}.margin/1", note)
+    return found
+
+
+Key = tuple[str, str]  # score, statistic
+
+
+def _drawn(
+    cells: Sequence[Cell], statistics: Mapping[str, Statistic], resamples: int, seed: int
+) -> tuple[dict[Key, float], dict[Key, list[float]]]:
+    """(means over the cells, the same means in every draw)."""
     names = [name for name in cells[0].scores if all(name in cell.scores for cell in cells)]
     by_place = {(cell.target, cell.group): cell for cell in cells}
     targets, groups = sorted({c.target for c in cells}), sorted({c.group for c in cells})
     codes = {t: _codes(next(c for c in cells if c.target == t)) for t in targets}
     rng = np.random.default_rng(seed)
-    draws: dict[tuple[str, str], list[float]] = {(n, s): [] for n in names for s in statistics}
+    draws: dict[Key, list[float]] = {(n, s): [] for n in names for s in statistics}
     for _ in range(resamples):
-        cell_values: dict[tuple[str, str], list[float]] = {key: [] for key in draws}
+        cell_values: dict[Key, list[float]] = {key: [] for key in draws}
         drawn_groups = rng.choice(groups, len(groups))
         for target in rng.choice(targets, len(targets)):
             places = _draw(codes[int(target)], rng)
@@ -132,19 +172,14 @@ def crossed(
         for key, values in cell_values.items():
             draws[key].append(_mean(values))
     whole = [_measured(cell, names, statistics, None) for cell in cells]
-    count = sum(len(codes[t]) for t in targets)
-    note = f"{len(targets)} target(s), {len(groups)} group(s) of shadows"
-    negatives = min(int(np.sum(c.truth_N == 0)) for c in cells)
-    found: dict[str, dict[str, Estimate]] = {}
-    for name in names:
-        found[name] = {}
-        for statistic in statistics:
-            low, high = percentile_interval(np.array(draws[name, statistic]))
-            value = _mean([cell[name, statistic] for cell in whole])
-            few = statistic == "tpr@1%" and negatives < 100
-            more = f"{note}; only {negatives} negatives: a rate of 1 % is not resolved" if few else note
-            found[name][statistic] = Estimate(value, low, high, count, f"protocol.{statistic}/1", more)
-    return found
+    return {key: _mean([cell[key] for cell in whole]) for key in draws}, draws
+
+
+def _size(cells: Sequence[Cell]) -> tuple[int, str]:
+    """(samples over targets, what was drawn)."""
+    targets = {c.target: len(c.truth_N) for c in cells}
+    groups = {c.group for c in cells}
+    return sum(targets.values()), f"{len(targets)} target(s), {len(groups)} group(s) of shadows"
 
 
 def lines(
