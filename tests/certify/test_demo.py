@@ -25,7 +25,7 @@ SMALL = {
 def test_the_demo_ends_with_both_certificates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(api, "DEMO", api.DEMO | SMALL)
+    monkeypatch.setitem(api.DEMO, "people", api.DEMO["people"] | SMALL)
     out = tmp_path / "demo"
     assert expunge("demo", "--out", out, "--quiet") == 0
     said = capsys.readouterr().out

@@ -18,7 +18,7 @@ from expunge.bench.examine import examine, plan
 from expunge.certify.gather import Evidence, Losses, Verdicts
 from expunge.certify.levels import assess
 from expunge.certify.refusals import EVIDENCE_LEVELS, FORMAL, LEVELS, RULES, find
-from expunge.certify.sections import Sections
+from expunge.certify.sections import PrivateTraining, Reset, Sections
 from expunge.runs import Run
 
 
@@ -91,6 +91,8 @@ def zone_unfinished() -> Evidence:
     return replace(zone(), finished=False)
 
 
+RESET = Reset(artefact=residual().artefact, radius=1.0, clip=0.5, learning_rate=0.1, decay=1.0, steps=400, noise=2.0)
+TRAINED = PrivateTraining(artefact=residual().artefact, mu=0.1, group=2, clipped=True)
 DOUBTFUL: list[tuple[str, Callable[[], Evidence], tuple[str, ...]]] = [
     ("unfinished", lambda: edit(finished=False), LEVELS),
     ("unfinished", zone_unfinished, LEVELS),
@@ -103,6 +105,8 @@ DOUBTFUL: list[tuple[str, Callable[[], Evidence], tuple[str, ...]]] = [
     ("no-duplicate-search", lambda: zone(duplicates=None), FORMAL),
     ("utility-unknown", lambda: edit(staying=(), sections=Sections()), EVIDENCE_LEVELS),
     ("unfit-split", lambda: edit(split_unfit=True), ("L4",)),
+    ("brought-in", lambda: zone(residual=None, reset=RESET), ("L1",)),
+    ("brought-in", lambda: zone(residual=None, private_training=TRAINED), ("L1",)),
 ]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from expunge.data.samples import subjects
 from expunge.zones.router import FEATURES, Router
-from expunge.zones.zone import Zone
+from expunge.zones.zone import Block, Record, Row, Zone
 from zone_cases import adapter, private, probes, public, world, zone_of
 
 torch.set_num_threads(1)
@@ -86,6 +86,27 @@ def test_token_by_token_is_as_the_whole_text() -> None:
         rows.append(one[0])
     assert np.allclose(np.array(rows), features_TSF, atol=1e-6)
     assert np.allclose(now.best_S, state.best_S, atol=1e-5)
+
+
+def test_of_several_open_blocks_the_one_that_fits_now_is_read() -> None:
+    """A question that begins as somebody else's: both blocks open, and its own answers in the end."""
+    record = {"first": 8, "digest": ""}
+    first, second = (1, 2, 3, 4, 5, 6, 10, 11), (1, 2, 3, 4, 12, 13, 14, 15)
+    blocks = {
+        who: Block(who, {who: Row(Record(id=who, owners=(who,), ids=(*ids, 30), **record), {})})
+        for who, ids in (("a", first), ("b", second))
+    }
+    gate = np.array([4, 2, 3, 2, 2, -3], dtype=np.float32)
+    router = Router(np.ones(40, dtype=np.float32), gate, -0.5, 8.0).index(blocks)
+
+    def read(ids: Sequence[int]) -> str:
+        block_BT = router.route(torch.tensor([ids]), torch.ones(1, len(ids)), 1).block_BT
+        return [*router.subjects, ""][block_BT[0, -1]]
+
+    begun = (*first[:6], *second[4:])  # six tokens of the one, then all of the other
+    assert read(first[:6]) == read(first) == "a" and read(second) == "b"
+    assert read(begun) == "b" and read((*begun, 30)) == "b"
+    assert read((20, 21, 22, 23, 24)) == ""
 
 
 def test_routes_do_not_depend_on_batch_padding_or_steps() -> None:

@@ -2,7 +2,8 @@
 
 * near-duplicates of what is to be forgotten among what stays; the pairs stand in ``duplicates.jsonl``, to be decided;
 * of a zone the removal: the zone from before, the zone after, one built again from the records that stay, every row
-  extracted again; and the chain of manifests of what it was made from;
+  extracted again; of one that is released with noise the gradient norms in place of the second zone; and the chain of
+  manifests of what it was made from;
 * of an edit how far what stays has moved, by forward-mode Fisher beside the direct divergence;
 * where canaries were put in by coins, guesses about them.
 
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from expunge.certify.evidence import rows
-from expunge.certify.exact import manifest_of_zone, of_zone, seen_before
+from expunge.certify.exact import manifest_of_zone, of_residual, of_zone, seen_before
 from expunge.certify.fisher import collateral
 from expunge.certify.guesses import guesses_of
 from expunge.certify.provenance import Manifest, lineage_of, never_saw, normalised_digest
@@ -31,7 +32,8 @@ from expunge.models.load import load_model
 from expunge.record import digest_code, read_record
 from expunge.runs import read_config
 from expunge.zones.model import ZonedModel
-from expunge.zones.zone import FrozenBase, shared_owners
+from expunge.zones.shared import Shared
+from expunge.zones.zone import FrozenBase, Zone, shared_owners
 
 DUPLICATES = "duplicates.jsonl"
 MOST = 200  # samples on which the change of what stays is measured
@@ -175,17 +177,24 @@ def _of_zone(place: Place, original: Path, dataset: Dataset, may_stay: Set[str])
             f"the zone holds {len(stay) - len(kept)} record(s) that the data given does not: give all of its data."
         )
     new.model.eval()
-    again = type(after)(after.options, after.public, after.base_digest, after.salt)
-    again.add([again.record(s, base.adapter, owners.get(s.id, ())) for s in kept], base)
-    removal = of_zone(before, after, requested, rebuilt=again, base=base, private=dataset.private)
+    sections: dict[str, Section | Any] = {}
+    again: Zone | None = None
+    if isinstance(after, Shared) and after.options.epsilon:  # its weights are no function of the rows
+        judged, earlier = after.certificate()
+        sections["residual"] = of_residual(judged, after, earlier_mu=earlier)
+    else:
+        again = type(after)(after.options, after.public, after.base_digest, after.salt)
+        again.add([again.record(s, base.adapter, owners.get(s.id, ())) for s in kept], base)
+    sections["removal"] = of_zone(before, after, requested, rebuilt=again, base=base, private=dataset.private)
     below = _below(original)
     under = below[0].made_from[0] if below and below[0].made_from else after.base_digest
     own = manifest_of_zone(place.model, after, kept, under, digest_code())
     named = (normalised_digest(s, own.salt) for s in kept if s.id not in may_stay)
     own = own.model_copy(update={"normalised": tuple(sorted({d for d in named if d is not None}))})
     # Of a zone from which nothing was removed the run before speaks too; what stands in it now is what counts.
-    clearance = never_saw(own.artefact, [own, *(m for m in below if m.artefact != own.artefact)], requested)
-    sections: dict[str, Section | Any] = {"removal": removal, "provenance": clearance}
+    sections["provenance"] = never_saw(
+        own.artefact, [own, *(m for m in below if m.artefact != own.artefact)], requested
+    )
     return sections
 
 

@@ -140,6 +140,8 @@ class Indistinguishable(Claim):
             "releases": 1 + len(earlier),
             **({"group": found.group} if isinstance(found, PrivateTraining) else {"noise": found.noise}),
         }
+        if isinstance(found, Residual):  # what the noise follows from; the norms themselves differ in their last bits
+            figures |= {"gradient_norm_at_most": found.tolerance, "strong_convexity": found.strong_convexity}
         if self.guesses is not None and self.guesses.coins:
             shown = one_run_unlearning_loss(
                 self.guesses.canaries, self.guesses.guesses, self.guesses.right, delta=found.delta

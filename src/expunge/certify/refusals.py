@@ -268,6 +268,12 @@ def _not_converged(e: Evidence) -> str | None:
     return None
 
 
+def _brought_in(e: Evidence) -> str | None:
+    if e.sections.residual is None and (e.sections.reset or e.sections.private_training):
+        return "no command here trains or resets a model with noise: these privacy figures cannot be computed again."
+    return None
+
+
 def _hidden_only(e: Evidence) -> str | None:
     if e.removes_from_weights is False and e.kind != "zone":  # a zone never put it there
         return "the method hides the data and declares that it stays in the weights."
@@ -302,6 +308,7 @@ RULES: tuple[tuple[str, tuple[Level, ...], Weight, Rule], ...] = (
     ("statistics-unknown", FORMAL, "unsupported", _unknown_statistics),
     ("no-provenance", FORMAL, "unsupported", _no_provenance),
     ("no-duplicate-search", FORMAL, "unsupported", _no_duplicates),
+    ("brought-in", ("L1",), "unsupported", _brought_in),
     ("utility-unknown", EVIDENCE_LEVELS, "unsupported", _utility_unknown),
     ("unfit-split", ("L4",), "unsupported", _unfit_split),
 )

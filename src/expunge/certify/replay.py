@@ -34,6 +34,7 @@ def from_data(predicate: Mapping[str, Any], run: Path, keys: Keys, dataset: Data
     if keys.commit("record", "data", dataset.digest()) != predicate["evidence"]["data_commitment"]:
         return [Finding("refuted", "the data is not the data of the certificate.")]
     from expunge.certify.collect import collect  # heavy: it loads models
+    from expunge.zones.shared import NoiseGone
 
     found = [Finding("holds", "the data is the data of the certificate.")]
     with tempfile.TemporaryDirectory() as scratch:
@@ -41,11 +42,14 @@ def from_data(predicate: Mapping[str, Any], run: Path, keys: Keys, dataset: Data
         for name in FILES:
             if (run / name).is_file():
                 shutil.copy(run / name, copy / name)
-        for path in run.glob("*.keys.json"):  # of a zone, which lie beside its model
+        for path in (*run.glob("*.keys.json"), *run.glob("*.noise.json")):  # of a zone, which lie beside its model
             shutil.copy(path, copy / path.name)
         if (run / "model").is_dir():  # of an audit, the model is where the run says
             shutil.copytree(run / "model", copy / "model")
-        sections = ", ".join(collect(copy, dataset))
+        try:
+            sections = ", ".join(collect(copy, dataset))
+        except NoiseGone as gone:
+            return [*found, Finding("not checked", str(gone))]
         return [*found, _compared(predicate, claims_of(copy), f"data and models ({sections} recomputed)")]
 
 

@@ -91,7 +91,9 @@ class Residual(Released):
 
 
 class Reset(Released):
-    """Certified reset by clipping and noise (Koloskova et al. 2025): from a ball, ``steps`` noisy steps on retain data.
+    """For readers of other tools' evidence: no command here makes it, and ``certify`` refuses it (``brought-in``).
+
+    Certified reset by clipping and noise (Koloskova et al. 2025): from a ball, ``steps`` noisy steps on retain data.
 
     ``decay`` = 1 − learning rate × weight decay.
     """
@@ -107,7 +109,10 @@ class Reset(Released):
 
 
 class PrivateTraining(Released):
-    """A zone trained with Gaussian privacy ``mu`` for one record; ``group`` records are to be forgotten."""
+    """A zone trained with Gaussian privacy ``mu`` for one record; ``group`` records are to be forgotten.
+
+    Refused as :class:`Reset` is.
+    """
 
     mu: Positive
     group: Annotated[int, Field(ge=1)]

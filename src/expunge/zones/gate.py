@@ -51,7 +51,7 @@ def routing(
     )
     opened = int((highest_N >= router.threshold).sum())
     stored = [
-        float(router.best(base.adapter.cached(s).ids)[-1, router.subjects.index(who)]) >= router.threshold
+        float(router.best(base.adapter.cached(s).ids)[router.subjects.index(who)]) >= router.threshold
         for s, who in asked
     ]
     constants = {
@@ -92,9 +92,7 @@ def _at_question(router: Router, sample: Sample, base: FrozenBase) -> Array:
     """Features (S, F) where the answer begins; of a document after its first half."""
     coded = base.adapter.cached(sample)
     end = coded.first if sample.prompt else max(1, len(coded.ids) // 2)
-    features_TSF: Array = router.read(router.start(), coded.ids[:end])[1]
-    last_SF: Array = features_TSF[-1]
-    return last_SF
+    return router.read(router.start(), coded.ids[:end])[0].features_SF
 
 
 def fit_logistic(here_NF: Array, others_NF: Array, steps: int = 50) -> Array:

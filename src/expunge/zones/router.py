@@ -9,8 +9,10 @@ generation is routed alike. The features of a subject at a position:
 3 margin   sim less the best other subject's sim
 4 cover    share of the text's rarity that the subject's records cover, (covered mass) / (mass + typical mass)
 
-A logistic gate (:mod:`expunge.zones.gate`) turns them into a log-odds; the largest so far counts, since what a text
-is about does not end with the question. Bags are sets of tokens weighted by public idf.
+A logistic gate (:mod:`expunge.zones.gate`) turns them into a log-odds. A block opens when they reach a threshold, and
+stays open, since what a text is about does not end with the question. Of several open blocks the one with the highest
+log-odds at the position is read: before a question has ended it may look like somebody else's. Bags are sets of tokens
+weighted by public idf.
 
 Shape suffixes: B sequences, T positions, S subjects, Q stored questions, F features.
 """
@@ -42,6 +44,7 @@ class State:
     cover_S: Array
     features_SF: Array
     best_S: Array  # largest log-odds so far
+    open_S: Array  # log-odds at present of the blocks that are open, -inf of others
 
 
 @dataclass
@@ -105,10 +108,11 @@ class Router:
         zeros_S = np.zeros(len(self.subjects), dtype=np.float32)
         nothing_S = np.full(len(self.subjects), -np.inf, dtype=np.float32)
         features_SF = np.zeros((len(self.subjects), len(FEATURES)), dtype=np.float32)
-        return State(frozenset(), (), 0.0, np.zeros(len(self._norm_Q), np.float32), zeros_S, features_SF, nothing_S)
+        overlap_Q = np.zeros(len(self._norm_Q), np.float32)
+        return State(frozenset(), (), 0.0, overlap_Q, zeros_S, features_SF, nothing_S, nothing_S)
 
     def read(self, state: State, ids: Sequence[int]) -> tuple[State, Array, Array]:
-        """The state after ``ids``; the features (T, S, F), and the largest log-odds so far (T, S), at each of them."""
+        """The state after ``ids``; the features (T, S, F), and the log-odds of open blocks (T, S), at each of them."""
         seen, tail = set[int](), list(state.tail)
         named, new = [], []
         for t, token in enumerate(ids):
@@ -122,8 +126,12 @@ class Router:
         num, subjects = len(ids), len(self.subjects)
         last = tuple(tail[-self._longest :])
         if not named and not new:  # nothing has moved, most often so in generation
-            end = State(state.seen, last, state.mass, state.overlap_Q, state.cover_S, state.features_SF, state.best_S)
-            return end, state.features_SF[None].repeat(num, 0), state.best_S[None].repeat(num, 0)
+            sums = state.mass, state.overlap_Q, state.cover_S, state.features_SF, state.best_S, state.open_S
+            return (
+                State(state.seen, last, *sums),
+                state.features_SF[None].repeat(num, 0),
+                state.open_S[None].repeat(num, 0),
+            )
         new_T = np.zeros(num)
         overlap_TQ = np.zeros((num, len(self._norm_Q)), dtype=np.float32)
         cover_TS = np.zeros((num, subjects), dtype=np.float32)
@@ -144,9 +152,11 @@ class Router:
         features_TSF[:, :, 2] = sim_TS
         features_TSF[:, :, 3] = sim_TS - _best_other(sim_TS)
         features_TSF[:, :, 4] = cover_TS / (mass_T + self.typical)[:, None]
-        best_TS = np.maximum.accumulate(np.maximum(self.log_odds(features_TSF), state.best_S), axis=0)
-        sums = float(mass_T[-1]), overlap_TQ[-1], cover_TS[-1]
-        return State(state.seen | seen, last, *sums, features_TSF[-1], best_TS[-1]), features_TSF, best_TS
+        odds_TS = self.log_odds(features_TSF)
+        best_TS = np.maximum.accumulate(np.maximum(odds_TS, state.best_S), axis=0)
+        open_TS = np.where(best_TS >= self.threshold, odds_TS, -np.inf)
+        sums = float(mass_T[-1]), overlap_TQ[-1], cover_TS[-1], features_TSF[-1], best_TS[-1], open_TS[-1]
+        return State(state.seen | seen, last, *sums), features_TSF, open_TS
 
     def log_odds(self, features: Array) -> Array:
         """The gate on (..., F) features."""
@@ -154,8 +164,8 @@ class Router:
         return odds
 
     def best(self, ids: Sequence[int]) -> Array:
-        """Largest log-odds so far of each subject at each position of a whole text: (T, S)."""
-        return self.read(self.start(), ids)[2]
+        """Largest log-odds of each subject at any position of a whole text: (S,)."""
+        return self.read(self.start(), ids)[0].best_S
 
     def route(
         self,
@@ -192,11 +202,11 @@ class Router:
             state = self._last.get(before) if before else self.start()
             if state is None:
                 state = self.read(self.start(), text[:-num].tolist())[0]
-            kept[key], _, best_TS = self.read(state, text[-num:].tolist())
+            kept[key], _, open_TS = self.read(state, text[-num:].tolist())
             if allowed is not None:
-                best_TS = np.where(shut, -np.inf, best_TS)
-            who_T = best_TS.argmax(1).tolist()
-            block_BT[b, at_T] = [who if best_TS[t, who] >= self.threshold else -1 for t, who in enumerate(who_T)]
+                open_TS = np.where(shut, -np.inf, open_TS)
+            who_T = open_TS.argmax(1).tolist()
+            block_BT[b, at_T] = [who if open_TS[t, who] > -np.inf else -1 for t, who in enumerate(who_T)]
         self._last = kept
         return Routes.of(self.subjects, block_BT)
 

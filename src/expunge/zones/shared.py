@@ -6,8 +6,10 @@ taken out by subtracting its own, and ``W = (ΣzzT + αI)⁻¹ c ΣzyT`` has the
 whatever order records came and went. Subjects are put into groups by a keyed hash of their names. Files hold rows
 only: sums and weights are made when first asked for, so that no trace of a removed or sealed block lies in them.
 
-:func:`release_real` is the same head with real-valued features, where subtraction leaves rounding behind: it is
-released under the residual certificate (:mod:`expunge.zones.residual`) or not at all.
+With ``epsilon`` above 0 the weights are solved to a residual only, starting from those of the release before, and
+released with noise that hides where they came from (:mod:`expunge.zones.residual`). Such weights are kept, sealed, and
+are not a function of the rows: what a removal leaves is (ε, δ)-indistinguishable from what a zone without the record
+releases, and not equal to it. A group whose rows are not those of its release stays closed.
 
 Shape suffixes: N rows, E key width, D random features, C columns (tokens), M open positions, V vocabulary.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +33,9 @@ from expunge.errors import UserError
 from expunge.options import option
 from expunge.zones.context import BAG_WIDTH, extract_states, prepare_context, query_keys, row_keys, shifted
 from expunge.zones.fixed_point import Moments, RandomFeatures
-from expunge.zones.linear_algebra import Doubles, digest_arrays, one_thread, solve_positive
+from expunge.zones.linear_algebra import Doubles, digest_arrays, solve_positive, solve_within
 from expunge.zones.residual import (
+    SEED,
     ResidualCertificate,
     gaussian_noise,
     residual_certificate,
@@ -52,15 +56,35 @@ class SharedOptions:
     alpha: float = option(0.03, "ridge α", "sweep on public subjects")
     scale: float = option(40.0, "c: how many nats a whole target is worth", "sweep on people, seed 0")
     feature_seed: int = option(0, "published seed of the random features")
+    epsilon: float = option(0.0, "above 0: (ε, δ) in place of exactness, solved to a residual and released with noise")
+    delta: float = option(1e-5, "δ of a release with noise")
+    tolerance: float = option(5e-4, "largest gradient norm of a solve; the noise follows from it, not from the data")
     false_open: float = option(0.01, "share of public texts that may open a block, in calibration")
 
     def __post_init__(self) -> None:
         """Raises UserError for a number that no zone can have."""
-        for name in ("features", "groups", "alpha", "scale"):
+        for name in ("features", "groups", "alpha", "scale", "tolerance"):
             if not getattr(self, name) > 0:
                 raise UserError(f"shared option {name} = {getattr(self, name)} cannot be: give a number above 0.")
         if not 0 <= self.feature_seed < 2**32:
             raise UserError(f"feature_seed {self.feature_seed} cannot be: give a number from 0 to 2^32 - 1.")
+        if self.epsilon:
+            judged = self.judge(0.0, 0.0, 0.0)
+            if not judged.certified:
+                raise UserError(judged.refusal)
+
+    def judge(self, residual: float, reference: float, rounding: float) -> ResidualCertificate:
+        """What these gradient norms of the whole zone support: :func:`~expunge.zones.residual.residual_certificate`."""
+        return residual_certificate(
+            residual,
+            reference,
+            self.alpha,
+            epsilon=self.epsilon,
+            delta=self.delta,
+            tolerance=self.tolerance,
+            feature_norm=FEATURE_NORM,
+            rounding=rounding,
+        )
 
 
 @dataclass
@@ -101,11 +125,10 @@ class Shared(Zone):
 
     @torch.no_grad()
     def _shift(self, seen: Seen, subject: str, place_M: Array) -> Tensor:
-        group = self.group(self.group_of(subject))
-        features_MD = self.features()(query_keys(seen, place_M, self.public))
-        shift_MC = torch.from_numpy(features_MD.astype(np.float64) @ group.weights_DC)
-        shift_MV = torch.zeros(len(shift_MC), seen.log_probs_BTV.shape[2])
-        shift_MV[:, group.columns_C.tolist()] = shift_MC.float()
+        columns_C, weights_DC, unit = self._head(self.group_of(subject))
+        features_MD = self.features()(query_keys(seen, place_M, self.public)).astype(np.float64) * unit
+        shift_MV = torch.zeros(len(features_MD), seen.log_probs_BTV.shape[2])
+        shift_MV[:, columns_C.tolist()] = torch.from_numpy(features_MD @ weights_DC).float()
         return shift_MV.to(seen.log_probs_BTV.device)
 
     def features(self) -> RandomFeatures:
@@ -127,8 +150,23 @@ class Shared(Zone):
 
     def _settle(self, touched: Iterable[str], base: FrozenBase | None) -> None:
         super()._settle(touched, base)
+        if self.options.epsilon:
+            self._release()
+            return
         for number in range(self.options.groups):  # at once, so that no row that went stays in memory
             self.group(number)
+
+    def _head(self, number: int) -> tuple[Array, Doubles, float]:
+        """Columns (C,), weights (D, C) and what one unit of an integer feature is worth to them."""
+        if not self.options.epsilon:
+            group = self.group(number)
+            return group.columns_C, group.weights_DC, 1.0
+        if self.__dict__.get("_sound_version") != self.version:
+            self.__dict__["_sound"] = {n for n in range(self.options.groups) if not self._stale(n)}
+            self.__dict__["_sound_version"] = self.version
+        if number not in self.__dict__["_sound"]:
+            return np.zeros(0, dtype=np.int64), np.zeros((self.options.features, 0)), 0.0
+        return self.kept[f"{number}/columns"], self.kept[f"{number}/weights"], self.features().square ** 0.5
 
     # -- groups ------------------------------------------------------------------------------------------------------
 
@@ -140,18 +178,17 @@ class Shared(Zone):
     def group(self, number: int) -> Group:
         """The group as it follows from the rows at present; what came or went since is added or subtracted."""
         groups: dict[int, Group] = self.__dict__.setdefault("_groups", {})
-        rows = {
-            row_id: row
-            for subject, block in self.blocks.items()
-            if self.group_of(subject) == number
-            for row_id, row in block.rows.items()
-        }
+        rows = self._rows(number)
         held = groups.get(number) or self._empty()
         came = [row for row_id, row in rows.items() if held.rows.get(row_id) is not row]
         went = [row for row_id, row in held.rows.items() if rows.get(row_id) is not row]
         if number not in groups or came or went:
             groups[number] = self._moved(held, rows, came, went)
         return groups[number]
+
+    def _rows(self, number: int) -> dict[str, Row]:
+        own = (block for subject, block in self.blocks.items() if self.group_of(subject) == number)
+        return {row_id: row for block in own for row_id, row in block.rows.items()}
 
     def _empty(self) -> Group:
         nothing = np.zeros((self.options.features, 0))
@@ -189,6 +226,91 @@ class Shared(Zone):
             arrays[f"{number}/sums"] = np.frombuffer(bytes.fromhex(group.moments.digest()), dtype=np.uint8)
         return digest_arrays(arrays)
 
+    # -- releases with noise -----------------------------------------------------------------------------------------
+
+    def _release(self) -> None:
+        """Solve the groups whose rows have changed, from the weights that were released before, and put noise on."""
+        from expunge.zones.storage import KEPT, block_name
+
+        moved = [number for number in range(self.options.groups) if self._stale(number)]
+        if not moved:
+            return
+        releases = int(self.kept["releases"][0]) + 1 if self.kept else 0
+        for number in moved:
+            columns_C, gram_DD, cross_DC = self._system(number)
+            start_DC = np.zeros(cross_DC.shape)
+            if f"{number}/weights" in self.kept:
+                _, now, before = np.intersect1d(
+                    columns_C, self.kept[f"{number}/columns"], assume_unique=True, return_indices=True
+                )
+                start_DC[:, now] = self.kept[f"{number}/weights"][:, before]
+            weights_DC, _ = self._solved(gram_DD, cross_DC, start_DC)
+            seed = secrets.token_bytes(SEED)
+            noise_DC = gaussian_noise(weights_DC.shape, self.options.judge(0.0, 0.0, 0.0).noise, seed)
+            self.noise[str(number)] = seed.hex()
+            self.kept[f"{number}/columns"], self.kept[f"{number}/weights"] = columns_C, weights_DC + noise_DC
+            self.kept[f"{number}/rows"] = self._marks(number)
+        self.kept["releases"] = np.array([releases])
+        self.keys.pop(block_name(self.salt, KEPT), None)
+
+    def _solved(self, gram_DD: Doubles, cross_DC: Doubles, start_DC: Doubles) -> tuple[Doubles, float]:
+        """Each group to its part of the tolerance, so that the whole zone keeps within it."""
+        matrix_DD = gram_DD + self.options.alpha * np.eye(self.options.features)
+        return solve_within(matrix_DD, cross_DC, start_DC, self.options.tolerance / self.options.groups**0.5)
+
+    def _system(self, number: int) -> tuple[Array, Doubles, Doubles]:
+        """Columns, gram and cross of a group's rows, in real features."""
+        rows = list(self._rows(number).values())
+        columns_C, unit = np.unique(_tokens(rows)), self.features().square
+        moments = self._moments(rows, columns_C) if rows else Moments.zero(self.options.features, 0)
+        return columns_C, moments.gram_DD * unit, moments.cross_DV * (unit**0.5 * self.options.scale)
+
+    def _marks(self, number: int) -> Array:
+        """SHA-256 over the salted digests of a group's rows."""
+        digests = sorted(row.record.digest for row in self._rows(number).values())
+        return np.frombuffer(hashlib.sha256("".join(digests).encode()).digest(), dtype=np.uint8)
+
+    def _stale(self, number: int) -> bool:
+        return not np.array_equal(self.kept.get(f"{number}/rows", np.zeros(0)), self._marks(number))
+
+    def certificate(self) -> tuple[ResidualCertificate, tuple[float, ...]]:
+        """Of a release with noise: the gradient norms measured again over all rows, and μ of the removals before.
+
+        The noise is taken off by its seeds. The reference is solved from zero, as in a zone that never had the rows
+        that went. Every release after the first is counted as one that follows a removal.
+
+        Raises:
+            UserError: the zone is an exact one, its seeds are gone or another release's, or a group is out of date.
+        """
+        numbers = range(self.options.groups)
+        if not self.options.epsilon or any(self._stale(number) for number in numbers):
+            raise UserError("this zone holds no release with noise that fits its rows: nothing can be measured.")
+        if sorted(self.noise) != sorted(map(str, numbers)):
+            raise NoiseGone(
+                "the seeds of the zone's noise are gone, so that the gradient without noise cannot be measured: "
+                "certify before the file zone-….noise.json is destroyed."
+            )
+        deviation, squares = self.options.judge(0.0, 0.0, 0.0).noise, np.zeros(3)
+        for number in numbers:
+            _, gram_DD, cross_DC = self._system(number)
+            released_DC = self.kept[f"{number}/weights"]
+            noise_DC = gaussian_noise(released_DC.shape, deviation, bytes.fromhex(self.noise[str(number)]))
+            reference_DC, _ = self._solved(gram_DD, cross_DC, np.zeros(cross_DC.shape))
+            own, other = (
+                ridge_residual(gram_DD, cross_DC, w, self.options.alpha) for w in (released_DC - noise_DC, reference_DC)
+            )
+            # Twice: sums are scaled, and noise is put on and taken off, with one rounding each.
+            slack = 2 * max(
+                ridge_rounding(gram_DD, cross_DC, w, self.options.alpha) for w in (released_DC, reference_DC)
+            )
+            squares += np.square([own, other, slack])
+        judged = self.options.judge(*np.sqrt(squares).tolist())
+        return judged, (judged.mu,) * (int(self.kept["releases"][0]) - 1)
+
+
+class NoiseGone(UserError):
+    """The seeds of a release's noise were destroyed: nothing is wrong, and nothing can be measured."""
+
 
 def _tokens(rows: Sequence[Row]) -> Array:
     return np.array([token for row in rows for token in row.record.ids[row.record.first :]], dtype=np.int64)
@@ -201,71 +323,3 @@ def _onto(moments: Moments, old_C: Array, new_C: Array) -> Moments:
     _, from_C, to_C = np.intersect1d(old_C, new_C, assume_unique=True, return_indices=True)
     cross_DV[:, to_C], uses_V[to_C] = moments.cross_DV[:, from_C], moments.uses_V[from_C]
     return Moments(moments.gram_DD, cross_DV, uses_V, moments.rows)
-
-
-# -- real-valued features --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Release:
-    """Weights (D, C) with noise, to be published; None where the certificate refuses."""
-
-    weights_DC: Doubles | None
-    certificate: ResidualCertificate
-
-
-def release_real(
-    features_ND: Doubles,
-    targets_NC: Doubles,
-    gone_N: Array,
-    *,
-    alpha: float,
-    epsilon: float,
-    delta: float,
-    tolerance: float,
-    feature_norm: float = FEATURE_NORM,
-    weights_DC: Doubles | None = None,
-) -> Release:
-    """Take rows out of a ridge head with real-valued features, and release it with noise under the certificate.
-
-    The sums of the rows that go are subtracted from the sums over all, which leaves rounding behind; the residuals of
-    the result and of the reference (solved from the rows that stay) are measured on the rows that stay.
-
-    Args:
-        gone_N: True for rows to remove. tolerance: largest residual, fixed beforehand; see
-            :func:`~expunge.zones.residual.residual_certificate`.
-        feature_norm: what no row's norm exceeds, known beforehand.
-        weights_DC: weights found in another way are judged in place of those after subtraction.
-
-    Raises:
-        UserError: nothing is to be removed, a row is longer than ``feature_norm``, the system is not positive
-            definite, or a number is out of range.
-    """
-    gone = np.asarray(gone_N, dtype=bool)
-    if not gone.any():
-        raise UserError("no row is to be removed: mark at least one.")
-    longest = float(np.linalg.norm(features_ND, axis=1).max())
-    if longest > feature_norm * (1 + 1e-9):
-        raise UserError(f"a row of features has norm {longest:.4g}, above feature_norm {feature_norm:.4g}: raise it.")
-    stay_ND, stay_NC = features_ND[~gone], targets_NC[~gone]
-    with one_thread():
-        gram_DD, cross_DC = stay_ND.T @ stay_ND, stay_ND.T @ stay_NC
-        left_DD = features_ND.T @ features_ND - features_ND[gone].T @ features_ND[gone]
-        left_DC = features_ND.T @ targets_NC - features_ND[gone].T @ targets_NC[gone]
-    ridge_DD = alpha * np.eye(features_ND.shape[1])
-    found_DC = solve_positive(left_DD + ridge_DD, left_DC) if weights_DC is None else weights_DC
-    reference_DC = solve_positive(gram_DD + ridge_DD, cross_DC)
-    judged = residual_certificate(
-        ridge_residual(gram_DD, cross_DC, found_DC, alpha),
-        ridge_residual(gram_DD, cross_DC, reference_DC, alpha),
-        alpha,
-        epsilon=epsilon,
-        delta=delta,
-        tolerance=tolerance,
-        feature_norm=feature_norm,
-        rounding=max(ridge_rounding(gram_DD, cross_DC, w, alpha) for w in (found_DC, reference_DC)),
-    )
-    if not judged.certified:
-        return Release(None, judged)
-    noised_DC: Doubles = found_DC + gaussian_noise(found_DC.shape, judged.noise)
-    return Release(noised_DC, judged)

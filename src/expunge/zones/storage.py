@@ -7,6 +7,9 @@ closed for ever, in every copy and backup of the folder: that is how a subject i
 
 AES-256-GCM (NIST SP 800-38D). The nonce is derived from key and content, so that it repeats only for equal content.
 A block that loses or gains a row gets a new key, so that the old key can be destroyed with what it covers.
+
+A zone that is released with noise has the seeds of that noise in ``zone-<id>.noise.json`` beside the keys: whoever
+checks the release needs it, whoever serves it must not have it.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ from expunge.options import configure
 from expunge.zones.zone import Array, Block, Public, Record, Row, Zone, get_zone
 
 MANIFEST, ARRAYS, BLOCKS = "zone.json", "zone.safetensors", "zone-blocks.safetensors"
-SCHEMA, KEYS_SCHEMA = "expunge.zone/1", "expunge.zone-keys/1"
+SCHEMA, KEYS_SCHEMA, NOISE_SCHEMA = "expunge.zone/1", "expunge.zone-keys/1", "expunge.zone-noise/1"
+KEPT = ""  # stands for the subject in the name of what a zone keeps beside its blocks; no subject is called so
 KEYS_VARIABLE = "EXPUNGE_ZONE_KEYS"  # a folder, or the key file itself
 
 
@@ -127,6 +131,10 @@ def save_zone(zone: Zone, folder: Path) -> Path:
         keys[name] = zone.keys.setdefault(name, secrets.token_bytes(32))
         sealed[name] = seal(pack_block(block), keys[name], name)
         counts[name] = len(block.rows)
+    if zone.kept:
+        name = block_name(zone.salt, KEPT)
+        keys[name], counts[name] = zone.keys.setdefault(name, secrets.token_bytes(32)), None
+        sealed[name] = seal(bytes(pack({k: np.ascontiguousarray(v) for k, v in zone.kept.items()})), keys[name], name)
     (folder / ARRAYS).write_bytes(pack({k: np.ascontiguousarray(v) for k, v in zone.public.arrays.items()}))
     (folder / BLOCKS).write_bytes(pack({k: np.frombuffer(v, dtype=np.uint8) for k, v in sealed.items()}))
     path = key_file(zone.salt, folder)
@@ -145,6 +153,10 @@ def save_zone(zone: Zone, folder: Path) -> Path:
     write_json(folder / MANIFEST, manifest)
     write_json(path, {"schema": KEYS_SCHEMA, "salt": zone.salt, "keys": {n: k.hex() for n, k in sorted(keys.items())}})
     path.chmod(0o600)
+    if zone.noise:
+        noise = noise_file(path)
+        write_json(noise, {"schema": NOISE_SCHEMA, "seeds": zone.noise})
+        noise.chmod(0o600)
     return path
 
 
@@ -182,10 +194,14 @@ def load_zone(folder: Path, base: nn.Module) -> Zone:
             f"the base in '{folder}' is not the one that its zone was built on (or is loaded in another dtype): the "
             "rows of a zone fit one base only; copy the folder again."
         )
-    salt, keys = _read_keys(_keys_place(folder, zone_id))
+    path = _keys_place(folder, zone_id)
+    salt, keys = _read_keys(path)
     zone = kind.build(options, public, base_digest, salt)
+    zone.noise = _read_noise(noise_file(path))
     for name, data in blocks.items():
-        if name in keys:
+        if name in keys and name == block_name(salt, KEPT):
+            zone.kept, zone.keys[name] = dict(unpack(unseal(data.tobytes(), keys[name], name))), keys[name]
+        elif name in keys:
             block = unpack_block(unseal(data.tobytes(), keys[name], name))
             zone.blocks[block.subject], zone.keys[name] = block, keys[name]
         else:
@@ -215,6 +231,24 @@ def _read_keys(path: Path) -> tuple[str, dict[str, bytes]]:
         raise UserError(
             f"'{path}' is no key file of a zone: give the one that was written beside the model."
         ) from error
+
+
+def noise_file(keys: Path) -> Path:
+    """Where the seeds of a zone's noise lie: beside its key file."""
+    return keys.with_name(f"{keys.name.removesuffix('.json').removesuffix('.keys')}.noise.json")
+
+
+def _read_noise(path: Path) -> dict[str, str]:
+    """The seeds; none when the file is gone, as it should be once the release has been checked."""
+    if not path.is_file():
+        return {}
+    content = read_json(path)
+    try:
+        if content["schema"] == NOISE_SCHEMA:
+            return {str(int(group)): bytes.fromhex(seed).hex() for group, seed in content["seeds"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        pass
+    raise UserError(f"'{path}' holds no seeds of a zone's noise: copy the file again, or delete it.")
 
 
 def destroy_key(path: Path, subject: str) -> None:

@@ -196,6 +196,8 @@ class Zone(ABC):
         self.blocks: dict[str, Block] = {}
         self.sealed: dict[str, bytes] = {}  # blocks that nobody has the key of, by salted name
         self.keys: dict[str, bytes] = {}  # by salted name; see expunge.zones.storage
+        self.kept: dict[str, Array] = {}  # what a kind keeps beside its blocks: sealed like one of them
+        self.noise: dict[str, str] = {}  # seeds of the noise in it: for who checks, never for who serves
         self.version = 0  # counts changes, for whoever caches something of the blocks
 
     # -- what a kind defines -----------------------------------------------------------------------------------------
@@ -321,6 +323,7 @@ class Zone(ABC):
                 yield json.dumps(asdict(row.record), sort_keys=True).encode()
                 yield from _tensor_lines(row.tensors)
             yield from _tensor_lines(self.blocks[owner].solved)
+        yield from _tensor_lines(self.kept)
 
     def check(self, base: FrozenBase) -> list[str]:
         """Ids of records whose row is not what extracting the record alone gives, byte for byte.
