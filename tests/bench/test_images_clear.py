@@ -184,3 +184,53 @@ def test_large_pictures_become_small_and_features_are_none() -> None:
         uri = data_uri(rng.integers(0, 255, shape).astype(np.uint8))
         assert uri is not None and opened(uri).shape == (LARGEST, 43, 3)
     assert data_uri(np.zeros((1, 600, 1), np.uint8)) is None
+
+
+# -- published defects, as they would show in an evaluation -----------------------------------------------------------
+
+
+def test_answers_from_the_text_alone_are_found_out(
+    seen: tuple[Dataset, Adapter, nn.Module, References, Evaluation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Defect 12: the picture never reached ``generate``. Every answer is then the same with another picture."""
+    data, adapter, model, _, found = seen
+    whole = type(adapter).generate
+
+    def blind(self: Any, model: nn.Module, samples: Any, longest: int) -> list[str]:
+        return whole(self, model, [replace(s, image=None) for s in samples], longest)
+
+    monkeypatch.setattr(type(adapter), "generate", blind)
+    unseen = evaluate(model, adapter, data, options=OPTIONS).metrics
+    for role in ("forget", "retain"):
+        assert unseen[f"rouge_with_image.gain.{role}"].value == 0
+        assert found.metrics[f"rouge_with_image.gain.{role}"].value > 0.2
+    assert unseen["rouge_with_image.retain"].value > 0  # which alone tells nobody
+
+
+def test_only_the_answer_is_measured_behind_a_picture(
+    seen: tuple[Dataset, Adapter, nn.Module, References, Evaluation],
+) -> None:
+    """Defect 11: the prompt was counted before ``<image>`` was expanded, so placeholders and question were labels."""
+    data, adapter, _, _, found = seen
+    tokenizer: Any = adapter.tokenizer  # type: ignore[attr-defined]
+    rows = {row["id"]: row for row in found.samples}
+    for sample in data["forget"]:
+        if sample.image is None:
+            continue
+        answer = tokenizer(f" {sample.target}{tokenizer.eos_token}", add_special_tokens=False)["input_ids"]
+        assert rows[sample.id]["tokens"] == len(answer)
+        published = len(answer) + adapter.image_tokens - 1  # type: ignore[attr-defined]
+        assert rows[sample.id]["tokens"] < published
+
+
+def test_the_order_of_the_rows_decides_nothing(
+    seen: tuple[Dataset, Adapter, nn.Module, References, Evaluation],
+) -> None:
+    """Defect 16 and the joins by row number: the same samples in another order are the same samples."""
+    data, adapter, model, references, found = seen
+    order = np.random.default_rng(0).permutation(len(data["forget"]))
+    mixed = replace(data, roles={**data.roles, "forget": tuple(data["forget"][i] for i in order)})
+    again = evaluate(model, adapter, mixed, references=references, original="self").metrics
+    for name in (*SCORES, "clear_forget_quality.ks_distance", "clear_js_published", "face_recognition.forget"):
+        assert again[name].value == pytest.approx(found.metrics[name].value, rel=1e-4), name
+        assert again[name].n == found.metrics[name].n
