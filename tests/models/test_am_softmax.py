@@ -19,10 +19,11 @@ from expunge.models.am_softmax import CosineHead, embeddings
 from expunge.models.classifier import ClassifierAdapter
 from expunge.models.load import load_model, save_model
 from expunge.models.lora import LoraOptions, apply_lora, merge_lora
+from expunge.models.losses import mean_losses
 from expunge.models.memory import estimate
 from expunge.models.tiny import ARCHS, classifier_for, init_classifier
 from expunge.training.loop import TrainOptions, fit
-from expunge.training.terms import View, nll_N
+from expunge.training.terms import Teacher, View, nll_N
 
 torch.set_num_threads(1)
 KINDS = [arch for arch in ARCHS if arch.endswith("am-softmax")]
@@ -58,19 +59,19 @@ def test_the_loss_is_the_papers_and_measured_is_without_margin(arch: Any) -> Non
     model, adapter = loaded.model, loaded.adapter
     assert isinstance(adapter, ClassifierAdapter) and not adapter.whole_logits
     model.eval()
-    quiet = adapter.positions(model, samples)
-    assert quiet.head.margin == 0 and torch.equal(-quiet.log_prob_N(), nll_N(View(quiet, samples)))
+    seen = adapter.positions(model, samples)
+    assert seen.head.margin == pytest.approx(12)
     own = model(**adapter.collate(samples).inputs)
-    torch.testing.assert_close(own.logits, quiet.head(quiet.hidden_ND))
+    torch.testing.assert_close(own.logits, seen.head(seen.hidden_ND))
     assert float(own.logits.detach().abs().max()) <= 30 + 1e-4
-    model.train()
-    learnt = adapter.positions(model, samples)
-    assert learnt.head.margin == pytest.approx(12)
-    for seen, margin, losses in ((quiet, 0.0, -quiet.log_prob_N()), (learnt, 0.4, nll_N(View(learnt, samples)))):
+    for margin, losses in ((0.0, -seen.log_prob_N()), (0.4, nll_N(View(seen, samples)))):
         wanted = [by_hand(model, h, s.target, 30, margin) for h, s in zip(seen.hidden_ND, samples, strict=True)]
         assert losses.tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
-    # Preferences compare probabilities: no margin there, in whatever mode.
-    assert -learnt.log_prob_N()[0].item() == pytest.approx(by_hand(model, learnt.hidden_ND[0], 0, 30, 0.0), abs=1e-4)
+    measured = mean_losses(model, adapter, samples)
+    assert measured == pytest.approx((-seen.log_prob_N()).tolist())
+    # The original's side of a preference has the margin too: both are alike before the first step.
+    sums = Teacher.of(model, adapter, [], sums=samples).log_prob_sum
+    assert [sums[s.id] for s in samples] == pytest.approx(View(seen, samples).log_prob_B().tolist())
 
 
 def test_the_gradient_is_the_closed_form() -> None:

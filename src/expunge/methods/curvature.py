@@ -84,7 +84,7 @@ def mean_gradient(
     units = num_targets(adapter, samples)
     with standing(model):
         for group in adapter.batches(samples, max_tokens):
-            loss = -adapter.positions(model, [samples[i] for i in group]).log_prob_N().sum() / units
+            loss = -adapter.positions(model, [samples[i] for i in group]).learnt_log_prob_N().sum() / units
             for name, gradient in _gradient(loss, weights).items():
                 total[name] += gradient
     return total
@@ -125,7 +125,7 @@ def score_gradients(
 def _scores(positions: Positions, labels: str, draws: int, generator: torch.Generator) -> list[Tensor]:
     """Scalars whose gradients are the rows."""
     if labels == "true":
-        return [positions.log_prob_N().sum()]
+        return [positions.learnt_log_prob_N().sum()]
     if labels == "model":
         return [curvature_loss(positions, "fisher", generator) / math.sqrt(draws) for _ in range(draws)]
     log_p_NV = positions.per_token(lambda logits_CV, _: logits_CV.log_softmax(1))

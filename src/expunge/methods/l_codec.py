@@ -145,7 +145,7 @@ def choose_units(context: Context, samples: Sequence[Sample], options: LCodecOpt
         for _ in range(options.perturbations):
             with disturbed(model, batch, options.sigma, generator) as other, mean_outputs(model, layers, other) as seen:
                 positions = forward(model, adapter, other)
-                losses.append(-positions.log_prob_N().mean())
+                losses.append(-positions.learnt_log_prob_N().mean())
             outputs.append(torch.cat([seen[name] for name in layers if name in seen]))
     # A layer that no pass reaches (the last block of a vision tower, say) has no units to choose.
     units = [Unit(layer, row) for name, layer in layers.items() if name in seen for row in range(layer.shape[0])]

@@ -60,7 +60,7 @@ class Meter:
 class Head:
     """The output head: maps (M, D) hidden states to (M, V) logits in float32.
 
-    ``margin`` is taken off the target's logit in the loss that is learnt from, and nowhere else (AM-softmax).
+    ``margin`` is taken off the target's logit in the loss that is learnt, and in nothing that is measured (AM-softmax).
     """
 
     module: nn.Module
@@ -146,7 +146,12 @@ class Positions:
         return self.per_token(target_log_prob)
 
     def learnt_log_prob_N(self) -> Tensor:
-        """Log-probability of each target with the head's margin off its logit, (N,) float32."""
+        """:meth:`log_prob_N` with the head's margin off the target's logit: what objectives and gradients are made of.
+
+        Where a margin was learnt, probabilities without it are 1 to the last bit and have no gradient left.
+        """
+        if not self.head.margin:
+            return self.log_prob_N()
 
         def value(logits_CV: Tensor, targets_C: Tensor) -> Tensor:
             margin_C1 = torch.full_like(logits_CV[:, :1], -self.head.margin)

@@ -1,6 +1,6 @@
 """AM-softmax (Wang et al. 2018, arXiv 1801.05599, eq. 5-6): classes by angle, further apart than they have to be.
 
-A logit is s·cos(h, w_j), with h the embedding and w_j the centre of class j. While the model learns, the target's
+A logit is s·cos(h, w_j), with h the embedding and w_j the centre of class j. In the loss that is learnt the target's
 cosine is lowered by a margin m first, so that an embedding must be nearer to its own centre than to the others by m.
 What is measured has no margin.
 
@@ -34,6 +34,11 @@ class CosineHead(nn.Module):
         self.scale, self.margin = scale, margin
         self.weight = nn.Parameter(torch.empty(classes, width))
         nn.init.xavier_uniform_(self.weight)
+
+    @property
+    def logit_margin(self) -> float:
+        """The margin on the logit, s·m."""
+        return self.scale * self.margin
 
     def forward(self, hidden_ND: Tensor) -> Tensor:
         return self.scale * linear(normalize(hidden_ND), normalize(self.weight))

@@ -89,8 +89,7 @@ class ClassifierAdapter(Adapter):
             inner(pixel_values=pixels)
         finally:
             hook.remove()
-        learns = isinstance(head, CosineHead) and inner.training
-        return seen[-1], Head(head, margin=head.scale * head.margin if learns else 0.0)
+        return seen[-1], Head(head, margin=head.logit_margin if isinstance(head, CosineHead) else 0.0)
 
     def bind(self, model: nn.Module) -> Self:
         """Check that head(hidden) equals the model's own logits; where a model does more, use whole logits."""
@@ -141,14 +140,14 @@ class ClassifierAdapter(Adapter):
         (Path(folder) / "preprocessor_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def last_linear(model: Any) -> nn.Module:
+def last_linear(model: Any) -> Any:
     """The last linear layer, or cosine head, whose output is the classes, inside or outside of a LoRA layer.
 
     Raises:
         UserError: there is none.
     """
     classes = int(model.config.num_labels)
-    found: nn.Module | None = None
+    found: Any = None
     inside: set[int] = set()
     for module in model.modules():
         base = getattr(module, "base_layer", None)

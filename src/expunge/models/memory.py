@@ -127,8 +127,9 @@ def _lora_parameters(folder: ModelFolder, lora: LoraOptions) -> int:
     """r·(in + out) per matrix and r·(in·k² + out) per k x k convolution, of the layers that ``apply_lora`` takes."""
     wanted = [t.strip() for t in lora.targets.split(",")]
     images = folder.modality == "classifier"
-    outside = ("classifier",) if "am_softmax_scale" in folder.config else ()
-    outside = outside if images else ("embed", "wte", "wpe", "lm_head")
+    outside: tuple[str, ...] = ("embed", "wte", "wpe", "lm_head")
+    if images:  # only a cosine head stays as it is
+        outside = ("classifier",) if "am_softmax_scale" in folder.config else ()
     total = 0
     for file in folder.weights:
         for name, (_, shape) in tensor_shapes(file).items():

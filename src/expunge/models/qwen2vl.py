@@ -143,8 +143,8 @@ class Qwen2VLAdapter(LlavaAdapter):
         return super().texts(replace(sample, prompt=sample.prompt.replace(PLACE, self.image_text)))
 
     def tokens_of(self, sample: Sample) -> int:
-        height, width, _ = self.pixels(sample).shape
-        return height * width // (self.preprocess.patch * self.preprocess.merge) ** 2
+        height, width = self.pixels(sample).shape[:2]
+        return int(height * width) // (self.preprocess.patch * self.preprocess.merge) ** 2
 
     def expand(self, sample: Sample, ids: list[int], first: int, lead: int) -> tuple[list[int], int, int]:
         ids, first, keep = super().expand(sample, ids, first, lead)

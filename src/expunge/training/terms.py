@@ -33,8 +33,9 @@ class View:
     _log_prob_N: Tensor | None = field(default=None, repr=False)
 
     def log_prob_N(self) -> Tensor:
+        """Of each target, as it is learnt: with the head's margin, where it has one."""
         if self._log_prob_N is None:
-            self._log_prob_N = self.positions.log_prob_N()
+            self._log_prob_N = self.positions.learnt_log_prob_N()
         return self._log_prob_N
 
     def mean_nll(self) -> float | None:
@@ -90,7 +91,7 @@ class Teacher:
         with evaluating(model):
             for group in adapter.batches(once, max_tokens):
                 positions = adapter.positions(model, [once[i] for i in group])
-                totals = positions.sum_per_sample(positions.log_prob_N()).tolist()
+                totals = positions.sum_per_sample(positions.learnt_log_prob_N()).tolist()
                 found |= {once[i].id: total for i, total in zip(group, totals, strict=True)}
         return cls(store, found)
 
@@ -120,9 +121,8 @@ class Teacher:
 
 
 def nll_N(view: View) -> Tensor:
-    """−log p(target), nats per token: the training loss, with the head's margin where it has one."""
-    log_p_N = view.log_prob_N()
-    return -view.positions.learnt_log_prob_N() if view.positions.head.margin else -log_p_N
+    """−log p(target), nats per token: the training loss."""
+    return -view.log_prob_N()
 
 
 def kl_C(logits_CV: Tensor, teacher_CV: Tensor, targets_C: Tensor) -> Tensor:
