@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from tests.matrix.worlds import World, world
 from torch import Tensor, nn
 
-from expunge.data.samples import Sample
+from expunge.data.samples import Modality, Sample
 from expunge.errors import UserError
 from expunge.methods.cluster import edit as edit_module
 from expunge.methods.cluster.edit import EditPlan, divergence
@@ -255,7 +255,7 @@ def test_forgetting_reaches_the_weights_through_the_chosen_tokens_only(where: st
 
 
 def plan_of(**values: Any) -> EditPlan:
-    options: ClusterOptions = METHOD.configure(values)
+    options: ClusterOptions = METHOD.configure(values).settled("text", nn.Identity())
     return EditPlan({"forget": [5] * 10, "retain": [6] * 40, "earlier": [4] * 3}, options, 0, {})
 
 
@@ -390,6 +390,28 @@ def test_tokens_of_a_convolution_are_its_places() -> None:
     assert states_ND.shape == (len(here.forget) * height * width, channels)
     mine = states_ND[table.sample_N == 2].reshape(height, width, channels)
     np.testing.assert_allclose(mine, outputs[0][0].permute(1, 2, 0).numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_batch_normalisation_keeps_its_statistics() -> None:
+    """The edit is made under the statistics that the model is used with, and leaves them, hooks and modes alone."""
+    here = world("resnet")
+    before = {n: b.clone() for n, b in here.original.named_buffers()}
+    outcome = run(here.context(base=None), steps=8, negations=3, scratch_epochs=0.0)
+    assert any("running_mean" in n for n in before)
+    assert all(torch.equal(b, before[n]) for n, b in outcome.model.named_buffers())
+    assert not any(m._forward_pre_hooks for m in outcome.model.modules())
+    assert {m.training for m in outcome.model.modules()} == {here.original.training}
+
+
+def test_what_a_step_sees_depends_on_the_model() -> None:
+    def pace(modality: Modality, **values: Any) -> list[float | None]:
+        found: ClusterOptions = METHOD.configure(values).settled(modality, nn.Linear(1000, 1000, bias=False))
+        return [found.batch_size, found.retain_batch, found.forget_epochs, found.other_learning_rate]
+
+    assert pace("text") == pace("multimodal") == [2, 4, 3.4, 5e-4]
+    third = 2e-5 * 1000**0.6 / 3  # a million parameters
+    assert pace("classifier") == [8, 16, 20.0, pytest.approx(third)]
+    assert pace("classifier", batch_size=3, other_learning_rate=1e-4)[::3] == [3, 1e-4]
 
 
 @pytest.mark.parametrize("where", ["resnet", "vit", "llava"])

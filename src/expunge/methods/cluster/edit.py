@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from expunge.data.samples import Sample
 from expunge.methods.cluster.options import ClusterOptions
@@ -31,6 +31,26 @@ CONTROL_FROM = 0.2  # share of the steps before the loop closes
 def divergence(options: ClusterOptions) -> Divergence:
     """The forget objective that the options ask for."""
     return Divergence(options.js, options.reverse, options.forward, options.match)
+
+
+@contextmanager
+def kept_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, batch normalisation uses its running statistics and leaves them as they are, in copies of the model too.
+
+    Statistics of a batch that is mostly to be forgotten are not those that the model is used with: what is forgotten
+    under them comes back without them.
+    """
+
+    def rest(module: nn.Module, _: object) -> None:
+        module.eval()
+
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    handles = [m.register_forward_pre_hook(rest) for m in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from expunge.data.samples import Sample
 from expunge.errors import UserError, unknown
-from expunge.methods.cluster.edit import Edit, EditPlan
+from expunge.methods.cluster.edit import Edit, EditPlan, kept_statistics
 from expunge.methods.cluster.options import MEMBERS, ClusterOptions
 from expunge.methods.cluster.targets import (
     Targets,
@@ -285,6 +285,7 @@ def run(context: Context, options: ClusterOptions) -> Outcome:
     from expunge.methods.cluster.localise import Scope, choose_scope
 
     model, adapter = context.model, context.adapter
+    options = options.settled(adapter.modality, model)
     anchor, has_proxy = anchor_of(context, options)
     notes: list[str] = []
     if context.base is None and anchor is not None and not stands_in(context, anchor, notes):
@@ -312,7 +313,7 @@ def run(context: Context, options: ClusterOptions) -> Outcome:
     memory: dict[str, Any] = {}
     plan = EditPlan({r: f.lengths(adapter) for r, f in feeds.items()}, options, context.seed, memory)
     edit = Edit(adapter, options, targets, teacher, context.forget, context.retain, context.unseen, plan, memory)
-    with scope.frozen(model):
+    with scope.frozen(model), kept_statistics(model):
         edit.project = scope.projection(options)
         log = train(
             model,

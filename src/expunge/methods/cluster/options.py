@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
+from torch import nn
+
+from expunge.data.samples import Modality
 from expunge.options import option
-from expunge.training.loop import TrainOptions
+from expunge.training.loop import ORDINARY_RATE, TrainOptions
+from expunge.training.optimizers import sized_rate
 
 OPTIMIZERS = ("muon", "adamw", "kfac")
 GROUPS = ("spectral", "kmeans", "random", "all")
@@ -14,14 +19,16 @@ MEMBERS = ("base", "proxy", "counterfactual", "blend", "original")
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterOptions(TrainOptions):
-    """Options of ``cluster``."""
+    """Options of ``cluster``; four of them are none until :meth:`settled` has seen the model."""
 
     # how long
     epochs: float = option(1.5, "passes over the retain set in the edit; sets its cost", "measured")
-    forget_epochs: float = option(3.4, "at least this many passes over the forget set", "measured")
+    forget_epochs: float = option(
+        None, "at least this many passes over the forget set; none = 3.4, or 20 for a classifier", "measured"
+    )
     steps: int | None = option(None, "number of edit steps; overrides both")
-    batch_size: int = option(2, "forget samples in one step", "measured")
-    retain_batch: int = option(4, "retain samples in one step", "measured")
+    batch_size: int = option(None, "forget samples in one step; none = 2, or 8 for a classifier", "measured")
+    retain_batch: int = option(None, "retain samples in one step; none = 4, or 16 for a classifier", "measured")
     # what towards
     members: str = option(
         "auto", "target ensemble, +-joined from base, proxy, counterfactual, blend, original", "measured"
@@ -41,7 +48,12 @@ class ClusterOptions(TrainOptions):
     # how
     optimizer: str = option("muon", "optimizer of the hidden matrices", "measured", OPTIMIZERS)
     learning_rate: float = option(3.4e-3, "peak learning rate of the hidden matrices", "measured")
-    other_learning_rate: float | None = option(5e-4, "AdamW rate of the other parameters", "measured")
+    other_learning_rate: float | None = option(
+        None,
+        "AdamW rate of the other parameters; none = 5e-4, or for a classifier, whose convolutions are among them, a "
+        "third of the rate that trains a model of its size",
+        "measured",
+    )
     schedule: str = option("linear", "shape after warm-up", "measured", ("cosine", "linear", "constant"))
     rank: int | None = option(None, "largest rank of the change of each matrix; full if none")
     kfac_metric: str = option("logits", "curvature metric", "experiments", ("fisher", "gauss-newton", "logits"))
@@ -85,3 +97,20 @@ class ClusterOptions(TrainOptions):
     rounding: int = option(4, "bits of the rounding that the last steps are taken under; 0 = none", "measured")
     rounding_from: float = option(0.75, "share of the steps after which that begins", "measured")
     checkpoint_every: int = option(50, "steps between checkpoints, where a work folder is given; 0 = none", "ours")
+
+    def settled(self, modality: Modality, model: nn.Module) -> Self:
+        """With numbers in place of what depends on the model.
+
+        An answer of a language model has a dozen targets or more, a sample of a classifier one: its steps take more
+        samples, and its forget set is passed over more often. Muon moves the matrices of a language model; of a
+        convolutional network AdamW moves nearly everything, at the rate of the other parameters.
+        """
+        images = modality == "classifier"
+        values: dict[str, Any] = {
+            "forget_epochs": 20.0 if images else 3.4,
+            "batch_size": 8 if images else 2,
+            "retain_batch": 16 if images else 4,
+            "other_learning_rate": sized_rate(model, ORDINARY_RATE) / 3 if images else 5e-4,
+        }
+        missing = {f.name for f in fields(self) if getattr(self, f.name) is None}
+        return replace(self, **{name: value for name, value in values.items() if name in missing})
