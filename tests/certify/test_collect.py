@@ -194,3 +194,32 @@ def test_bad_input(place: Path, tmp_path: Path) -> None:
         collect(place / "erase", data(place, retain=place / "utility.jsonl", utility=place / "retain.jsonl"))
     with pytest.raises(UserError, match="no pair"):
         collect(place / "erase", data(place), decisions={("a", "b"): "because"})
+
+
+def test_a_zone_released_with_noise_gets_epsilon_and_delta_and_nothing_exact(place: Path, tmp_path: Path) -> None:
+    files = {role: place / f"{role}.jsonl" for role in ("forget", "retain", "utility")}
+    options = {"features": "128", "groups": "2", "epsilon": "1", "delta": "1e-5"}
+    base, zone, run = place / "base" / "model", tmp_path / "zone", tmp_path / "gone"
+    api.train(out=zone, model=base, zone="shared", set=options, quiet=True, **files)
+    api.unlearn(out=run, model=zone / "model", method="zone-shared", suite="none", quiet=True, **files)
+    assert verdicts(run)["L1"] == "unsupported"
+    assert collect(run, data(place)) == ("duplicates", "residual", "removal", "provenance")
+    found = {claim.level: claim for claim in assess(Evidence.of_run(run))}
+    assert verdicts(run)["L0"] == "unsupported" and verdicts(run)["L1"] == "certified"
+    ruling = found["L1"].judged()
+    assert ruling.figures["epsilon"] == pytest.approx(1.0, abs=1e-9) and ruling.figures["delta"] == 1e-5
+    assert ruling.figures["mechanism"] == "Residual" and ruling.figures["releases"] == 1
+    assert "(1, 1e-05)-indistinguishable" in found["L1"].said()
+    section = read_sections(run).residual
+    assert section is not None and 0 < section.residual <= section.tolerance == 5e-4
+    (seeds,) = run.glob("*.noise.json")
+    kept = seeds.read_text()
+    seeds.unlink()
+    with pytest.raises(UserError, match="seeds of the zone's noise are gone"):
+        collect(run, data(place))
+    seeds.write_text((next(zone.glob("*.noise.json"))).read_text())  # those of the release before
+    collect(run, data(place))
+    assert verdicts(run)["L1"] == "refuted"
+    seeds.write_text(kept)
+    (run / EVIDENCE).unlink()
+    assert "residual" in collect(run, data(place)) and verdicts(run)["L1"] == "certified"
