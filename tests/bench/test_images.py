@@ -76,6 +76,16 @@ def test_the_original_is_away_from_it(seen: tuple[World, Dataset, References, nn
     assert found["mia_efficacy.forget"].value == mia_efficacy(*sides).efficacy.value
 
 
+def test_a_classifier_says_its_class_beside_the_picture(seen: tuple[World, Dataset, References, nn.Module]) -> None:
+    here, data, references, gold = seen
+    rows = {r["id"]: r for r in judged(gold, here.adapter, data, references).samples if r["role"] == "forget"}
+    said = class_probabilities(gold, here.adapter, list(data["forget"])).argmax(axis=1)
+    for sample, best in zip(data["forget"], said, strict=True):
+        row = rows[sample.id]
+        assert row["generated"] == f"class {best}" and row["image"].startswith("data:image/png;base64,")
+        assert row["accuracy"] == float(best == sample.target)
+
+
 def test_what_cannot_be_measured_is_said(seen: tuple[World, Dataset, References, nn.Module]) -> None:
     here, data, _, _ = seen
     alone = judged(here.original, here.adapter, data, None)
