@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from expunge.data.samples import Sample
 from expunge.errors import UserError
 from expunge.models.adapter import evaluating
 from expunge.models.images import BICUBIC, BILINEAR, Preprocess
+from expunge.models.load import load_model, save_model
 from expunge.models.lora import LoraOptions, apply_lora, without_adapter
 from expunge.models.multimodal import LlavaAdapter
 from expunge.models.tiny import init_classifier, init_llava
@@ -290,3 +292,12 @@ def test_llava_chat_template_puts_the_image_in_its_place() -> None:
     shown = tokenizer.decode(coded.ids[: coded.first]).replace("<image>" * 16, "[16]")
     assert shown == "<s>USER: [16]\nWho is in the picture? ASSISTANT:"
     assert tokenizer.decode(coded.ids[coded.first :]) == " Ada Lovelace, who wrote.</s>"
+
+
+def test_llava_folder_whose_processor_is_of_another_model(tmp_path: Path) -> None:
+    """Pictures of another size would give another number of features than the text has places."""
+    save_model(init_llava(MIXED, seed=1), tmp_path / "m")
+    file = tmp_path / "m" / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"size": {"height": 48, "width": 48}}))
+    with pytest.raises(UserError, match="makes images of 48 x 48 and the model takes 32 x 32: image tokens would not"):
+        load_model(tmp_path / "m", device="cpu")
