@@ -189,9 +189,11 @@ class Indistinguishable(Claim):
         f = ruling.figures
         if f["mechanism"] == "Exact":
             return "What is released is (0, 0)-indistinguishable from what is built without the records: it is equal."
+        norm = f.get("gradient_norm_at_most")
+        rests = f", by noise on a solve with a gradient norm of at most {norm:g} over all that stay" if norm else ""
         return (
             f"The released zone is (ε, δ) = ({number(f['epsilon'], 4)}, {f['delta']:g})-indistinguishable from one "
-            f"that the same procedure builds without the records, over {f['releases']} release(s) together."
+            f"that the same procedure builds without the records, over {f['releases']} release(s) together{rests}."
         )
 
 
