@@ -23,6 +23,7 @@ from expunge.models.losses import mean_losses
 from expunge.models.memory import estimate
 from expunge.models.tiny import ARCHS, classifier_for, init_classifier
 from expunge.training.loop import TrainOptions, fit
+from expunge.training.stacked import obstacle
 from expunge.training.terms import Teacher, View, nll_N
 
 torch.set_num_threads(1)
@@ -136,6 +137,13 @@ def test_folders_lora_and_estimates(arch: Any, tmp_path: Path) -> None:
     np.testing.assert_allclose(embeddings(bare, tuned.adapter, samples), moved, rtol=1e-3, atol=1e-4)
     assert not np.allclose(moved, embeddings(first.model, first.adapter, samples), atol=1e-3)
     apply_lora(bare, LoraOptions(r=2))
+
+
+def test_embedders_are_not_trained_in_stacks_which_know_no_margin() -> None:
+    options = TrainOptions(optimizer="sgd")
+    plain, with_margin = (init_classifier(5, 16, arch=arch) for arch in ("vit", "vit-am-softmax"))  # type: ignore[arg-type]
+    assert obstacle(plain.model, plain.adapter, people(), options) is None
+    assert "margin" in str(obstacle(with_margin.model, with_margin.adapter, people(), options))
 
 
 def test_other_architectures_have_no_such_head(tmp_path: Path) -> None:

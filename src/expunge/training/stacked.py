@@ -21,6 +21,7 @@ from torch.func import functional_call, vmap
 from expunge.data.samples import Sample
 from expunge.errors import UserError
 from expunge.models.adapter import Adapter
+from expunge.models.am_softmax import CosineHead
 from expunge.models.classifier import ClassifierAdapter
 from expunge.training.batching import EpochPlan
 from expunge.training.loop import TrainOptions
@@ -33,8 +34,8 @@ IN_TURN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.batchnorm._BatchNorm)  # 
 
 def obstacle(model: nn.Module, adapter: Adapter, samples: Sequence[Sample], options: TrainOptions) -> str | None:
     """Why models like this one cannot be stacked, or None where they can."""
-    if not isinstance(adapter, ClassifierAdapter):
-        return "only classifiers are stacked"
+    if not isinstance(adapter, ClassifierAdapter) or any(isinstance(m, CosineHead) for m in model.modules()):
+        return "only classifiers are stacked, and of them those without a margin"
     if options.optimizer not in ("adamw", "sgd") or options.precision != "fp32" or options.weight_decay:
         return "stacks are trained by adamw or sgd in fp32 without weight decay"
     parameters = list(model.parameters())
