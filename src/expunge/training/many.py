@@ -3,7 +3,7 @@
 Two things make it faster than one after another, and they multiply. Classifiers are *stacked*
 (:mod:`expunge.training.stacked`); all other models are trained by :func:`fit`, one at a time. And *helpers*, processes
 of one thread each, take the next stack from the same list as this process does. The rule is measured: this process
-begins alone, and calls helpers once what is left would take it longer than :data:`START_S`, what a helper takes to
+begins alone, and calls helpers once what is left would take it longer than :data:`START_S`, which pays for their
 start (``benchmarks/shadows.py``). So the choice never changes a result: models of helpers are the same bits.
 
 Finished models stand in a work folder, so that a killed run goes on with what is missing. Files between the processes
@@ -44,7 +44,7 @@ from expunge.training.optimizers import sized_rate
 from expunge.training.stacked import obstacle, train_stack, width
 from expunge.training.terms import training_term
 
-START_S = 6.0  # seconds until a helper has imported everything, on two cores that are busy
+START_S = 6.0  # seconds: twice what a helper takes to start on free cores (2.8, n = 3)
 LOOK_S = 1.0  # seconds of training before the rest is estimated
 
 
