@@ -34,15 +34,15 @@ IN_TURN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.modules.batchnorm._BatchNorm)  # 
 
 def obstacle(model: nn.Module, adapter: Adapter, samples: Sequence[Sample], options: TrainOptions) -> str | None:
     """Why models like this one cannot be stacked, or None where they can."""
-    if not isinstance(adapter, ClassifierAdapter) or any(isinstance(m, CosineHead) for m in model.modules()):
-        return "only classifiers are stacked, and of them those without a margin"
+    if not isinstance(adapter, ClassifierAdapter):
+        return "only classifiers are stacked"
     if options.optimizer not in ("adamw", "sgd") or options.precision != "fp32" or options.weight_decay:
         return "stacks are trained by adamw or sgd in fp32 without weight decay"
     parameters = list(model.parameters())
     if any(not p.requires_grad or p.dtype != torch.float32 for p in parameters):
         return "a weight is frozen or not fp32"
-    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()):
-        return "dropout draws its own numbers for each model"
+    if any(isinstance(m, CosineHead) or (isinstance(m, nn.Dropout) and m.p > 0) for m in model.modules()):
+        return "dropout draws its own numbers for each model, and a margin is no part of a stack's loss"
     if adapter.preprocess.patches * min(options.batch_size, len(samples)) > options.micro_tokens:
         return "a batch does not go through in one pass (micro_tokens)"
     return None
