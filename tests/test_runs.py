@@ -244,6 +244,25 @@ def test_another_configuration_is_refused_with_its_differences(tmp_path: Path) -
         assert run.done
 
 
+def test_a_list_may_grow_where_it_is_allowed_and_nothing_else_may_change(tmp_path: Path) -> None:
+    folder, methods = tmp_path / "run", {**CONFIG, "methods": ["npo"]}
+    with Run.open(folder, "bench", methods, grows=("methods",)) as run:
+        run.finish()
+    longer = {**CONFIG, "methods": ["ga", "npo"]}
+    with pytest.raises(UserError, match="methods"):
+        Run.open(folder, "bench", longer)  # not without leave
+    with pytest.raises(UserError, match="seed: "):
+        Run.open(folder, "bench", {**longer, "seed": 1}, grows=("methods",))
+    with pytest.raises(UserError, match="methods"):
+        Run.open(folder, "bench", {**CONFIG, "methods": ["ga"]}, grows=("methods",))  # another one, not one more
+    assert read_record(folder).status == "done"
+    with Run.open(folder, "bench", longer, grows=("methods",)) as run:
+        assert run.resumed and not run.done
+        run.finish()
+    with Run.open(folder, "bench", longer, grows=("methods",)) as run:  # and is now the configuration
+        assert run.done
+
+
 def test_changed_input_or_command_is_refused(tmp_path: Path) -> None:
     folder = finished(tmp_path / "run")
     with pytest.raises(UserError, match=r"model has other content \(aaaaaaaaaaaa -> bbbbbbbbbbbb\)"):

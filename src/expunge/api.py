@@ -14,7 +14,16 @@ from typing import Any
 
 from expunge.bench.audit import AuditOptions, audit_models, failures
 from expunge.bench.evaluate import EvaluateOptions
-from expunge.bench.plan import SCOPE, THROUGH, StudyOptions, check_study, entry_of, parse_method, parse_methods
+from expunge.bench.plan import (
+    SCOPE,
+    THROUGH,
+    StudyOptions,
+    check_study,
+    entry_of,
+    everything,
+    parse_method,
+    parse_methods,
+)
 from expunge.bench.prepare import Workshop, check_preset, start_model
 from expunge.bench.single import (
     Request,
@@ -76,6 +85,7 @@ def open_run(
     dataset: Dataset,
     models: Mapping[str, Text | None],
     seeds: Sequence[int],
+    grows: Sequence[str] = (),
 ) -> Iterator[Run]:
     """The run folder, bound to the content of data and models: other content is another configuration.
 
@@ -85,7 +95,8 @@ def open_run(
     for name, folder in models.items():
         if folder is not None and Path(folder).is_dir():
             digests[name] = digest_folder(Path(folder))
-    run = Run.open(out, command, config, digests, seeds=seeds, device=str(device_of(str(config["device"]))))
+    device = str(device_of(str(config["device"])))
+    run = Run.open(out, command, config, digests, seeds=seeds, device=device, grows=grows)
     try:
         with run:
             yield run
@@ -474,6 +485,8 @@ def bench(
     )
     options.evaluate.resolved()
     dataset = request.dataset()
+    if methods.strip() == "all":
+        entries = parse_methods(",".join(everything(dataset.modality)))
     check_study(dataset, options, entries)
     trial = ValidationOptions(suite=suite, models=population, references=references, methods=entries)
     check_preset(init)
@@ -490,7 +503,8 @@ def bench(
         plan = f"{trial.plan}; {estimate}"
     if dry_run:
         return Result(Path(out), plan={"config": config, "estimate": plan})
-    with open_run(out, command, config, dataset, {"model": model}, range(seeds)) as run:
+    grows = () if tune or validate_metrics else ("methods",)  # trials were shared out among those named at first
+    with open_run(out, command, config, dataset, {"model": model}, range(seeds), grows) as run:
         if not run.done:
             progress = shown(quiet, run)
             progress.every = 30.0  # the trainings inside of a study are many

@@ -92,11 +92,13 @@ class Run:
         *,
         seeds: Sequence[int] = (),
         device: str = "cpu",
+        grows: Sequence[str] = (),
     ) -> Self:
         """Create the folder ``out``, or continue the run in it.
 
         ``config`` is the resolved configuration without ``out`` itself, ``inputs`` the digests of model and data by
-        name. A run that is already done is opened with :attr:`done` true, and its record stays as it is.
+        name. A run that is already done is opened with :attr:`done` true, and its record stays as it is; unless one of
+        the lists ``grows`` has become longer: then it goes on with what is new.
 
         Raises:
             UserError: ``out`` holds other files, a run of another command, configuration or input, or a run that
@@ -114,7 +116,7 @@ class Run:
                 for scratch in folder.glob(f".*{SCRATCH}"):  # left by a killed process; nobody else works here
                     scratch.unlink(missing_ok=True)
                 if known:
-                    record = _known(folder, command, options, digests)
+                    record = _known(folder, command, options, digests, grows)
                     _mend_events(folder / EVENTS)
                 else:
                     record = _fresh(command, options, digests, device)
@@ -280,12 +282,16 @@ def _fresh(command: str, options: dict[str, Any], inputs: dict[str, str], device
     )
 
 
-def _known(folder: Path, command: str, options: dict[str, Any], inputs: dict[str, str]) -> RunRecord:
-    record = read_record(folder)
+def _known(
+    folder: Path, command: str, options: dict[str, Any], inputs: dict[str, str], grows: Sequence[str]
+) -> RunRecord:
+    record, there = read_record(folder), read_config(folder)
     if record.command != command:
         raise UserError(f"'{folder}' holds a run of '{record.command}', not of '{command}': choose a new --out.")
     own = {name: d for name, d in record.digests.items() if name not in ("code", "config") and "output." not in name}
-    changes = differences(read_config(folder), options) + [
+    grown = [key for key in grows if set(there.get(key, ())) < set(options.get(key, ()))]
+    kept = {key: value for key, value in options.items() if key not in grown}
+    changes = differences({key: value for key, value in there.items() if key not in grown}, kept) + [
         f"{name} has other content ({'' if then is None else then[:12]} -> {'' if given is None else given[:12]})"
         for name in sorted(own.keys() | inputs.keys())
         if (then := own.get(name)) != (given := inputs.get(name))
@@ -296,6 +302,9 @@ def _known(folder: Path, command: str, options: dict[str, Any], inputs: dict[str
             f"'{folder}' holds a run with another configuration (there -> given): "
             f"{'; '.join(changes[:SHOWN])}{more}: choose a new --out, or give the old values to continue it."
         )
+    if grown:
+        record.status, record.digests["config"] = "interrupted", digest_config(command, options)
+        files.write_text(folder / CONFIG, _yaml({"command": command, "options": options}))
     return record
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from expunge.bench.evaluate import EvaluateOptions
 from expunge.data.deletion import sequence
-from expunge.data.samples import Dataset, Sample
+from expunge.data.samples import Dataset, Modality, Sample
 from expunge.errors import UserError, unknown
 from expunge.methods.compose import chain
 from expunge.methods.registry import Method, all_methods, get_method
@@ -104,11 +104,12 @@ def parse_methods(text: str) -> list[Entry]:
     return entries
 
 
-def everything() -> list[str]:
-    """The methods that ``all`` stands for: every one that a study can run on its own."""
-    return [
-        n for n, m in all_methods().items() if m.changes not in ("new", "memory") and "llm" not in m.needs
-    ]  # retraining is the yardstick, and zones need a model with a zone
+def everything(modality: Modality | None = None) -> list[str]:
+    """The methods that ``all`` stands for: every one that a study of such models can run on its own."""
+    found = all_methods()
+    alone = [n for n, m in found.items() if m.changes not in ("new", "memory") and "llm" not in m.needs]
+    # Retraining is the yardstick, and zones need a model with a zone.
+    return [n for n in alone if modality is None or modality in found[n].modalities]
 
 
 def parse_method(item: str) -> Entry:

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from expunge.bench.plan import StudyOptions, everything
+from expunge.data.samples import Modality
 from expunge.errors import UserError
 from expunge.files import write_text
 from expunge.report.markdown import rank_lines
@@ -86,7 +87,8 @@ def command_line(config: Mapping[str, Any]) -> str:
         option = "--" + name.replace("_", "-")
         value: Any = given
         if name == "methods":
-            value = "all" if set(given) == set(everything()) else ",".join(given)
+            whole = any(set(given) == set(everything(modality)) for modality in get_args(Modality))
+            value = "all" if whole else ",".join(given)
         if name == "data_options":
             words += [f"--data-option {k}={v}" for k, v in value.items()]
         elif isinstance(value, (str, int, float)):
