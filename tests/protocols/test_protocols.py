@@ -345,15 +345,16 @@ def test_architectures(folder: Path) -> None:
 
 def test_fake_unlearning_end_to_end(folder: Path) -> None:
     results = run_protocol(
-        "fake", out=folder / "people", data="people", data_options=PEOPLE, init="tiny-test", groups=1, shadows=2,
+        "fake", out=folder / "people", data="people", data_options=PEOPLE, init="tiny-test", groups=1, shadows=3,
         options={**FAST, "epochs": 40, "base_epochs": 10, "learning_rate": 2e-2},
     )  # fmt: skip
     table = {(line["setting"], line["score"]): line["metrics"] for line in results["lines"]}
-    kept = table["original (nothing done)", "IAM-On"]["alarm.forget"]["value"]
-    honest = table["retrained (honest)", "IAM-On"]["alarm.forget"]["value"]
-    assert kept > 0.7 and honest < 0.5
-    guarded = table["refusal prefix", "prefix-check"]["alarm.forget"]["value"]
-    assert guarded > table["retrained (honest)", "prefix-check"]["alarm.forget"]["value"]
+    for score in ("IAM-On", "Expunge"):
+        kept = table["original (nothing done)", score]["alarm.forget"]["value"]
+        honest = table["retrained (honest)", score]["alarm.forget"]["value"]
+        assert kept > 0.9 and honest < 0.6
+        assert table["refusal prefix by name", score]["alarm.forget"]["n"] == 24
+    assert set(table["refusal prefix", "prefix-check"]) == {"alarm.forget", "alarm.retain"}  # test_guards has the rest
 
 
 # -- fakes, shifts, bad input --------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def command(
     ] = None,
     protocol: Annotated[
         str | None,
-        typer.Option("--protocol", help="Judge the scores where the truth is known: binui, scoreui, fake, ..."),
+        typer.Option("--protocol", help="Judge the scores where the truth is known: binui, scoreui, approximate, ..."),
     ] = None,
     data: Annotated[str, typer.Option("--data", "-d", help="With --protocol: dataset by name.")] = "people",
     data_dir: DataDir = None,
@@ -59,7 +59,10 @@ def command(
         str | None, typer.Option("--model", "-m", help="With --protocol: the base that every model is trained from.")
     ] = None,
     init: Annotated[
-        str | None, typer.Option("--init", help="With --protocol: or a new small base, tiny-test, tiny or small.")
+        str | None,
+        typer.Option(
+            "--init", help="With --protocol: or a new small base: tiny-test, tiny or small; resnet, vit or mlp."
+        ),
     ] = None,
     shadows: Annotated[
         int | None, typer.Option("--shadows", min=1, help="With --protocol: shadow models in each group.")
@@ -90,6 +93,7 @@ def command(
       expunge completeness --signals table.csv --form text --parity --json
       expunge completeness --protocol binui --data people --quick --out runs/protocols
       expunge completeness --protocol scoreui --data digits --shadows 4 --groups 6 --out runs/digits
+      expunge completeness --protocol approximate --data digits --set methods=ssd,scrub --out runs/digits
     """
     if protocol is not None:
         if signals is not None or form is not None or out is None:

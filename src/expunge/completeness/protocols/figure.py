@@ -18,8 +18,9 @@ def draw(results: Mapping[str, Any], order: str, path: Path) -> Path:
     rows = {s: [x for x in results["lines"] if x["setting"] == s and _value(x, order) is not None] for s in settings}
     tallest = max((len(own) for own in rows.values()), default=1)
     figure = Figure(figsize=(4.2 * max(1, len(settings)), 0.8 + 0.24 * max(1, tallest)), layout="constrained")
+    axes = None
     for place, (setting, own) in enumerate(rows.items()):
-        axes = figure.add_subplot(1, len(settings), place + 1)
+        axes = figure.add_subplot(1, len(settings), place + 1, sharex=axes)  # panels are compared
         values = [float(x["metrics"][order]["value"]) for x in own]
         spans = [(x["metrics"][order]["low"], x["metrics"][order]["high"]) for x in own]
         heights = list(range(len(own), 0, -1))
