@@ -30,7 +30,7 @@ from expunge.zones.linear_algebra import Doubles, one_thread
 LARGEST_NOISE = 0.3  # standard deviation of a logit: up to here the zone's probabilities lose at most 0.1 %
 ROUNDING_MARGIN = 1e3  # how far a tolerance must stand above the rounding of the gradient that is held against it
 SEED = 32  # bytes
-ROUNDING = float(np.finfo(np.float64).eps)
+ROUNDING = float(np.finfo(np.float64).eps) / 2  # unit roundoff of float64
 
 
 @dataclass(frozen=True, kw_only=True)

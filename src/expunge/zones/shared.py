@@ -299,10 +299,8 @@ class Shared(Zone):
             own, other = (
                 ridge_residual(gram_DD, cross_DC, w, self.options.alpha) for w in (released_DC - noise_DC, reference_DC)
             )
-            # Twice: sums are scaled, and noise is put on and taken off, with one rounding each.
-            slack = 2 * max(
-                ridge_rounding(gram_DD, cross_DC, w, self.options.alpha) for w in (released_DC, reference_DC)
-            )
+            slack = max(ridge_rounding(gram_DD, cross_DC, w, self.options.alpha) for w in (released_DC, reference_DC))
+            slack *= 1 + 4 / self.options.features  # sums are scaled, and noise put on and taken off: four roundings
             squares += np.square([own, other, slack])
         judged = self.options.judge(*np.sqrt(squares).tolist())
         return judged, (judged.mu,) * (int(self.kept["releases"][0]) - 1)
