@@ -72,7 +72,7 @@ class Rows:
 
     def clip(self, most: float) -> Tensor:
         """Scale each model's gradient to a norm of ``most`` at most; returns the norms before, (M,)."""
-        norm_M = torch.linalg.vector_norm(self.grads_MP, dim=1)
+        norm_M: Tensor = torch.linalg.vector_norm(self.grads_MP, dim=1)
         self.grads_MP.mul_((most / (norm_M + 1e-6)).clamp(max=1.0)[:, None])
         return norm_M
 
@@ -215,7 +215,8 @@ def _in_turn(of_P: Tensor, like: Iterable[Tensor]) -> Iterator[Tensor]:
 def _together(of_P: Tensor, like: Iterable[Tensor]) -> Iterator[Tensor]:
     """The same of one row or of all (M, P); matrices lie transposed, as the batched product makes their gradients."""
     for flat, shape in _cut(of_P, like):
-        yield flat.unflatten(-1, shape[::-1]).transpose(-1, -2) if len(shape) == 2 else flat.unflatten(-1, shape)
+        many = flat.shape[:-1]
+        yield flat.view(*many, *shape[::-1]).transpose(-1, -2) if len(shape) == 2 else flat.view(*many, *shape)
 
 
 def _cut(of_P: Tensor, like: Iterable[Tensor]) -> Iterator[tuple[Tensor, torch.Size]]:

@@ -73,9 +73,10 @@ def measure(
             cells.append(Cell(t, g, [s.subject for s in target.samples], target.truth_N, scores))
     notes = {row.name: row.note for row in rows}
     world.progress.say(f"{setting}: {len(cells)} cells of {len(cells[0].truth_N)} samples")
-    draws = {"resamples": world.options.resamples, "seed": world.seed}
-    outcome.lines += lines(setting, cells, BINARY, notes, **draws)
-    for (one, other), estimate in margins(cells, MARGINS, "auc", BINARY["auc"], **draws).items():
+    draws, seed = world.options.resamples, world.seed
+    outcome.lines += lines(setting, cells, BINARY, notes, resamples=draws, seed=seed)
+    found = margins(cells, MARGINS, "auc", BINARY["auc"], resamples=draws, seed=seed)
+    for (one, other), estimate in found.items():
         interval = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
         outcome.facts[f"{setting}: AUC of {one} less that of {other}"] = interval
 
