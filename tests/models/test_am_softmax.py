@@ -66,7 +66,7 @@ def test_the_loss_is_the_papers_and_measured_is_without_margin(arch: Any) -> Non
     torch.testing.assert_close(own.logits, seen.head(seen.hidden_ND))
     assert float(own.logits.detach().abs().max()) <= 30 + 1e-4
     for margin, losses in ((0.0, -seen.log_prob_N()), (0.4, nll_N(View(seen, samples)))):
-        wanted = [by_hand(model, h, s.target, 30, margin) for h, s in zip(seen.hidden_ND, samples, strict=True)]
+        wanted = [by_hand(model, h, int(s.target), 30, margin) for h, s in zip(seen.hidden_ND, samples, strict=True)]
         assert losses.tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
     measured = mean_losses(model, adapter, samples)
     assert measured == pytest.approx((-seen.log_prob_N()).tolist())
@@ -81,13 +81,13 @@ def test_the_gradient_is_the_closed_form() -> None:
     hidden = torch.randn(4, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
     targets = torch.tensor([0, 2, 1, 1])
     positions = Positions(hidden, targets, torch.arange(4), 4, Head(head, margin=5.0 * 0.3))
-    (-positions.learnt_log_prob_N().sum()).backward()
+    (found,) = torch.autograd.grad(-positions.learnt_log_prob_N().sum(), hidden)
     cosines = torch.cosine_similarity(hidden[:, None], head.weight[None], dim=2)
     lowered = 5.0 * (cosines - 0.3 * torch.nn.functional.one_hot(targets, 3))
     slope = (lowered.softmax(1) - torch.nn.functional.one_hot(targets, 3)).detach()
     (wanted,) = torch.autograd.grad((slope * 5.0 * cosines).sum(), hidden)
-    torch.testing.assert_close(hidden.grad, wanted, rtol=1e-4, atol=1e-6)
-    assert float((hidden.grad * hidden.detach()).sum(1).abs().max()) < 1e-5
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    assert float((found * hidden.detach()).sum(1).abs().max()) < 1e-5
     torch.testing.assert_close(head(hidden.detach()), head(7 * hidden.detach()), rtol=1e-5, atol=1e-5)
 
 
@@ -126,7 +126,8 @@ def test_folders_lora_and_estimates(arch: Any, tmp_path: Path) -> None:
     assert type(again.model) is type(first.model)
     before, after = first.model.state_dict(), again.model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(t, after[n]) for n, t in before.items())
-    assert np.array_equal(*(embeddings(x.model, x.adapter, samples) for x in (first, again)))
+    ours, theirs = (embeddings(x.model, x.adapter, samples) for x in (first, again))
+    assert np.array_equal(ours, theirs)
     tuned = load_model(tmp_path / "m", device="cpu", lora=LoraOptions(r=2))
     assert not any("classifier" in n for n, p in tuned.model.named_parameters() if p.requires_grad)
     trained = sum(p.numel() for p in tuned.model.parameters() if p.requires_grad)
@@ -141,7 +142,7 @@ def test_folders_lora_and_estimates(arch: Any, tmp_path: Path) -> None:
 
 def test_embedders_are_not_trained_in_stacks_which_know_no_margin() -> None:
     options = TrainOptions(optimizer="sgd")
-    plain, with_margin = (init_classifier(5, 16, arch=arch) for arch in ("vit", "vit-am-softmax"))  # type: ignore[arg-type]
+    plain, with_margin = init_classifier(5, 16, arch="vit"), init_classifier(5, 16, arch="vit-am-softmax")
     assert obstacle(plain.model, plain.adapter, people(), options) is None
     assert "margin" in str(obstacle(with_margin.model, with_margin.adapter, people(), options))
 

@@ -259,7 +259,7 @@ def test_wrong_samples(qwen: tuple[Any, Qwen2VLAdapter]) -> None:
     ]:
         fields: dict[str, Any] = {"id": "w", "subject": "w", "prompt": "Who?", "target": "x", "image": FACES[0]}
         with pytest.raises(UserError, match=words):
-            adapter.encode(Sample(**{**fields, **change}))
+            adapter.encode(Sample(**(fields | change)))  # type: ignore[operator]
     adapter.context = 12
     with pytest.raises(UserError, match="an image takes 16 tokens and the context is 12"):
         adapter.encode(MIXED[0])
