@@ -228,7 +228,7 @@ def test_the_planted_tower_is_found_and_the_other_stays_to_the_bit(side: tuple[s
 
 
 def test_without_a_base_the_influence_finds_what_the_language_tower_holds() -> None:
-    """The other way round it does not: see docs/methods.md."""
+    """The other way round it does not: see docs/flagship.md."""
     here = planted("language")
     scope = scope_of(here.context(base=None), reach=0.9)
     assert scope.record["influence_by_modality"][KINDS[0]] > 0.9 and scope.record["towers"] == ["language"]
