@@ -149,9 +149,9 @@ class Seen:
 
     def states(self, layers: Sequence[int], place_M: Array) -> Array:
         """States of these layers side by side at flat positions, (M, layers · D) float32."""
-        at_M = torch.from_numpy(place_M).to(self.log_probs_BTV.device)
-        states_BTC = torch.cat([self.hidden[layer].detach() for layer in layers], dim=2)
-        found_MC: Array = states_BTC.flatten(0, 1).index_select(0, at_M).float().cpu().numpy()
+        # A view where the states lie in main memory: one token needs few of the steps that gathering by torch takes.
+        whole = [self.hidden[layer].detach().flatten(0, 1).float().cpu().numpy() for layer in layers]
+        found_MC: Array = np.concatenate([states_PD[place_M] for states_PD in whole], axis=1)
         return found_MC
 
 
