@@ -6,7 +6,9 @@ import base64
 import copy
 import io
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -234,3 +236,17 @@ def test_the_order_of_the_rows_decides_nothing(
     for name in (*SCORES, "clear_forget_quality.ks_distance", "clear_js_published", "face_recognition.forget"):
         assert again[name].value == pytest.approx(found.metrics[name].value, rel=1e-4), name
         assert again[name].n == found.metrics[name].n
+
+
+def test_the_page_names_tests_that_exist() -> None:
+    """docs/clear.md says which test fails on which published defect."""
+    root = Path(__file__).resolve().parents[2]
+    part = (root / "docs/clear.md").read_text(encoding="utf-8").partition("## Published defects")[2]
+    known, found = "", 0
+    for name in re.findall(r"`(tests/\S+\.py|test_\w+)`", part):
+        if name.endswith(".py"):
+            known = (root / name).read_text(encoding="utf-8")
+        else:
+            assert f"def {name}(" in known, name
+            found += 1
+    assert found > 12
