@@ -262,10 +262,10 @@ def overhead(rounds: int = 5, tokens: int = 48) -> None:
 
 
 def table(path: Path) -> None:
-    """Of every data set and size, the mean over the seeds, with the smallest and largest in brackets."""
+    """Of every data set, size and choice of kinds, the mean over the seeds, with the smallest and largest in brackets."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for data, subjects in dict.fromkeys((s["data"], s["subjects"]) for s in lines):
-        seeds = [s for s in lines if (s["data"], s["subjects"]) == (data, subjects)]
+    for data, subjects, kinds in dict.fromkeys((s["data"], s["subjects"], tuple(s["kinds"])) for s in lines):
+        seeds = [s for s in lines if (s["data"], s["subjects"], tuple(s["kinds"])) == (data, subjects, kinds)]
         print(f"\n{data}, {subjects} subjects, {seeds[0]['records']} records, seeds {[s['seed'] for s in seeds]}\n")
         names = list(seeds[0]["models"])
         print("| | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1) + "|")
