@@ -262,7 +262,7 @@ def overhead(rounds: int = 5, tokens: int = 48) -> None:
 
 
 def table(path: Path) -> None:
-    """Of every data set, size and choice of kinds, the mean over the seeds, with the smallest and largest in brackets."""
+    """Of every data set, size and choice of kinds the mean over the seeds, smallest and largest in brackets."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for data, subjects, kinds in dict.fromkeys((s["data"], s["subjects"], tuple(s["kinds"])) for s in lines):
         seeds = [s for s in lines if (s["data"], s["subjects"], tuple(s["kinds"])) == (data, subjects, kinds)]
