@@ -180,18 +180,29 @@ class Sources:
         return self.capped(raw)
 
 
-def never_seen_level(sources: Sources) -> float:
+def comparable(context: Context) -> list[Sample]:
+    """The never-seen samples that say what a model without the forget set loses on it.
+
+    Where whole classes go, those of classes that nobody was trained on: new pictures of known people are recognised.
+    """
+    if context.adapter.modality != "classifier":
+        return list(context.unseen)
+    stays, goes = ({s.target for s in samples} for samples in (context.retain, context.forget))
+    return list(context.unseen) if stays & goes else [s for s in context.unseen if s.target not in stays | goes]
+
+
+def never_seen_level(sources: Sources, unseen_samples: Sequence[Sample]) -> float:
     """The mean loss on the forget answers that a model without them should have, nats per token.
 
     The original's loss on never-seen text, plus how much harder the forget texts are than those for the anchor, which
     has seen neither: requests differ in difficulty, and a retrained model shows it.
     """
     context = sources.context
-    level = float(np.mean(mean_losses(context.model, context.adapter, context.unseen)))
+    level = float(np.mean(mean_losses(context.model, context.adapter, unseen_samples)))
     if sources.anchor is None:
         return level
     forget = [-float(log_nV.gather(1, t[:, None]).mean()) for log_nV, t in sources.bound if len(t)]
-    unseen = mean_losses(sources.anchor, context.adapter, context.unseen)
+    unseen = mean_losses(sources.anchor, context.adapter, unseen_samples)
     return level + float(np.mean(forget)) - float(np.mean(unseen))
 
 
@@ -238,8 +249,13 @@ def _targets_of(context: Context, options: ClusterOptions, anchor: nn.Module | N
     level = None
     if not context.unseen:
         sources.notes.append("no never-seen text was given (--holdout): neither targets nor edit could be calibrated")
+    elif not (known := comparable(context)):
+        sources.notes.append(
+            "no never-seen sample is of a class that nobody was trained on, as those to forget will be: the targets "
+            "could not be calibrated"
+        )
     elif options.sharpness is None:
-        level = never_seen_level(sources)
+        level = never_seen_level(sources, known)
     targets = ensemble(context.forget, members, sources.targets, level, options.sharpness)
     targets.notes = [f"targets: {' + '.join(members)}", *sources.notes, *targets.notes]
     return targets
