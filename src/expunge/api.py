@@ -378,7 +378,7 @@ def train(
     options = configure(TrainOptions, values, "option of train")
     dataset = request.dataset()
     check_roles(dataset, roles)
-    check_preset(init)
+    check_preset(init, dataset.modality)
     if set and zone is None:
         raise UserError("--set gives options of a zone, and no --zone was named: add --zone store, or leave --set out.")
     if zone is not None:
@@ -489,7 +489,7 @@ def bench(
         entries = parse_methods(",".join(everything(dataset.modality)))
     check_study(dataset, options, entries)
     trial = ValidationOptions(suite=suite, models=population, references=references, methods=entries)
-    check_preset(init)
+    check_preset(init, dataset.modality)
     estimate = "small new models"
     if model is not None:
         estimate = check_room(str(model), Path(out), request, train=True, copies=3)

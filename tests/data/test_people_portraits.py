@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from expunge.bench.prepare import initialised
+from expunge.bench.prepare import check_preset, initialised
 from expunge.data.people import PeopleOptions, cast
 from expunge.data.portrait_words import CAPTION_PROMPTS, NAME_PROMPT
 from expunge.data.registry import load_dataset
@@ -16,6 +16,7 @@ from expunge.data.samples import ROLES, Dataset, Sample
 from expunge.errors import UserError
 from expunge.models.adapter import evaluating
 from expunge.models.losses import mean_losses
+from expunge.models.tiny import ARCHS, KINDS
 from expunge.training.loop import TrainOptions, fit
 
 torch.set_num_threads(1)
@@ -202,3 +203,16 @@ def test_a_tiny_llava_learns_names_from_faces() -> None:
     own = np.mean(mean_losses(made.model, made.adapter, data.private))
     swapped = np.mean(mean_losses(made.model, made.adapter, others))
     assert own < 0.3 and swapped > own + 1  # it looks at the picture
+
+
+def test_a_preset_may_name_the_kind_of_model_and_must_fit_the_data() -> None:
+    assert tuple(KINDS["classifier"]) == ARCHS
+    sizes = {"people": 4, "forget": 1, "holdout": 1, "utility": 1, "portraits": 2, "size": 16}
+    faces = load_dataset("people-portraits", options={**sizes, "task": "identity"})
+    captions = load_dataset("people-portraits", options={**sizes, "questions": 1})
+    assert initialised(faces, "vit-am-softmax", 0).model.config.model_type == "vit"
+    assert initialised(faces, "tiny", 0).model.config.model_type == "resnet"
+    assert initialised(captions, "qwen2vl", 0).model.config.model_type == "qwen2_vl"
+    check_preset("qwen2vl", "multimodal")
+    with pytest.raises(UserError, match="preset for classifier data 'llava'"):
+        check_preset("llava", "classifier")

@@ -13,7 +13,7 @@ from torch import nn
 
 from expunge.bench.cost import Cost, measure
 from expunge.bench.plan import StudyOptions
-from expunge.data.samples import Dataset, Sample
+from expunge.data.samples import Dataset, Modality, Sample
 from expunge.errors import UserError, unknown
 from expunge.files import write_json
 from expunge.models.adapter import Adapter
@@ -134,24 +134,29 @@ def start_model(
     return replace(load_model(kept, **load), source=name)
 
 
-def check_preset(preset: str | None) -> None:
-    """Raises UserError for a preset of ``--init`` that does not exist."""
-    from expunge.models.tiny import PRESETS
+def check_preset(preset: str | None, modality: Modality) -> None:
+    """Raises UserError for a preset of ``--init`` that does not exist, or not for such data."""
+    from expunge.models.tiny import KINDS, PRESETS
 
-    if preset is not None and preset not in PRESETS:
-        raise unknown("preset", preset, PRESETS)
+    allowed = (*PRESETS, *KINDS[modality])
+    if preset is not None and preset not in allowed:
+        raise unknown(f"preset for {modality} data", preset, allowed)
 
 
 def initialised(dataset: Dataset, preset: str, seed: int) -> Loaded:
-    """A small model of random weights for the dataset's modality; the tokenizer never reads the forget set."""
-    from expunge.models.tiny import classifier_for, init_llava, init_text
+    """A small model of random weights for the dataset's modality; the tokenizer never reads the forget set.
+
+    A preset that names a size of language model leaves the kind of a model that sees to its data: ResNet, MLP, LLaVA.
+    """
+    from expunge.models.tiny import ARCHS, classifier_for, init_llava, init_qwen2vl, init_text
 
     known = [s for role in ("utility", "retain") for s in dataset[role]]
     if dataset.modality == "classifier":
         # Of every role: people in holdout are classes that no model is trained on.
-        return classifier_for([s for samples in dataset.roles.values() for s in samples], seed=seed)
+        everyone = [s for samples in dataset.roles.values() for s in samples]
+        return classifier_for(everyone, next((arch for arch in ARCHS if arch == preset), None), seed)
     if dataset.modality == "multimodal":
-        return init_llava(known, seed)
+        return init_qwen2vl(known, seed) if preset == "qwen2vl" else init_llava(known, seed)
     return init_text(known, preset, seed)
 
 

@@ -37,7 +37,7 @@ def command(
         str | None, typer.Option("--model", "-m", help="Base, which knows nothing of the private data.")
     ] = None,
     init: Annotated[
-        str | None, typer.Option("--init", help="Or a new small base, trained on the utility role: tiny or small.")
+        str | None, typer.Option("--init", help="Or a new small base, trained on the utility role: tiny, small …")
     ] = None,
     data: Annotated[
         str | None, typer.Option("--data", "-d", help="Dataset by name; see 'expunge ls datasets'.")

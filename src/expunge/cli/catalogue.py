@@ -123,10 +123,11 @@ def _is_attack(metric: Any) -> bool:
 
 
 def _models() -> Mapping[str, Any]:
-    """The sizes of model that can be built from nothing; any folder or hub name can be given beside them."""
-    from expunge.models.tiny import PRESETS
+    """What can be built from nothing; any folder or hub name can be given beside it."""
+    from expunge.models.tiny import KINDS, PRESETS
 
-    return {
+    kinds = {name: SimpleNamespace(summary=text) for named in KINDS.values() for name, text in named.items()}
+    return kinds | {
         name: SimpleNamespace(
             summary=f"untrained Llama: {preset.layers} layers of width {preset.width}, {preset.heads} heads, at most "
             f"{preset.vocab} tokens in the vocabulary, context {preset.context}"

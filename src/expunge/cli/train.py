@@ -38,7 +38,7 @@ from expunge.cli.studies import DTYPES, tell
 def command(
     out: Out,
     model: Annotated[str | None, typer.Option("--model", "-m", help="Model to go on from: folder or hub name.")] = None,
-    init: Annotated[str | None, typer.Option("--init", help="Or a new small model: tiny-test, tiny or small.")] = None,
+    init: Annotated[str | None, typer.Option("--init", help="Or a new small model: see 'expunge ls models'.")] = None,
     data: Data = None,
     data_dir: DataDir = None,
     data_option: DataOption = None,

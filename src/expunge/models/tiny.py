@@ -19,7 +19,7 @@ from transformers import (
     ResNetConfig,
 )
 
-from expunge.data.samples import Sample
+from expunge.data.samples import Modality, Sample
 from expunge.errors import UserError, unknown
 from expunge.models.am_softmax import MARGIN, SCALE
 from expunge.models.classifier import ClassifierAdapter
@@ -53,6 +53,22 @@ PRESETS = {
     "small": Preset(width=128, inner=320, layers=3, heads=4, vocab=1500),  # about 0.76 million
 }
 
+
+# What --init can name beside a size, by modality, and what it is.
+KINDS: dict[Modality, dict[str, str]] = {
+    "text": {},
+    "classifier": {
+        "resnet": "untrained ResNet for small images",
+        "vit": "untrained vision transformer",
+        "mlp": "untrained perceptron for feature vectors",
+        "resnet-am-softmax": "untrained ResNet that embeds faces: classes by angle, with a margin (AM-softmax)",
+        "vit-am-softmax": "untrained vision transformer that embeds faces (AM-softmax)",
+    },
+    "multimodal": {
+        "llava": "untrained LLaVA: a small CLIP tower before a Llama",
+        "qwen2vl": "untrained Qwen2-VL",
+    },
+}
 
 SEEING = Preset(width=64, inner=128, layers=2, heads=4, vocab=400)  # the language model of those that see
 
