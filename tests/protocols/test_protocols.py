@@ -140,6 +140,7 @@ def test_what_was_asked_for_is_trained_together(folder: Path, monkeypatch: pytes
     first, others = world.target(0), world.group(0, 2)
     later = world.store.model(start_at(first.original), world.private[:20], 5, "later")
     assert calls == [] and world.store.trained == 0
+    assert losses(others.shadows[1], world.private).shape == (60,)
     assert calls == [
         ["original 0", "retrained 0", "shadow origin", "shadow 0", "shadow 1"],
         ["later"],  # starts from one of the first
