@@ -149,7 +149,7 @@ def evaluate(
         ``kfr``, ``kfr_fluent``, ``krr``, ``ls``, ``privleak``, ``mia.{loss,zlib,min_k,min_k_plus}.{auc,gap}``,
         for classifiers ``u_mia``, ``mia_efficacy.{forget,attack,gap}``, ``tow``, ``tow_mia``, ``average_gap`` and
         ``zrf.{forget,gap}``, for text with images
-        ``modality.{image,text}.{forget,retain,closed}``,
+        ``modality.{image,text}.{forget,retain,closed}`` and CLEAR's scores (:mod:`expunge.bench.clear`),
         ``tv.{forget,floor,gap_closed}``, ``retain_ratio``, ``relearn.{loss,prob,loss_ratio}``,
         ``quantB.{prob.forget,loss.forget,tv.forget,mia.loss.auc,mia.loss.gap,retain_ratio}`` and ``verdict.NAME``,
         as far as modality, roles and probes allow; the reasons for what is missing stand in ``skipped``.

@@ -147,7 +147,7 @@ class Measured:
 
 
 def spread(samples: Sequence[Any], most: int) -> list[Any]:
-    """At most ``most`` samples or rows of samples (0 = all), evenly over the sequence, so that no subject is preferred."""
+    """At most ``most`` samples or rows of them (0 = all), evenly over the sequence, so that no subject is preferred."""
     if not most or len(samples) <= most:
         return list(samples)
     return [samples[i * len(samples) // most] for i in range(most)]

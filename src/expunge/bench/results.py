@@ -30,6 +30,7 @@ SCHEMA = "expunge.results/1"
 SHARES = re.compile(  # metrics that lie in [0, 1]
     r"(^|\.)(prob|accuracy|extraction_strength|rouge_l|kfr|kfr_fluent|krr|ls|auc|ks_distance|verdict|u_mia|mia_efficacy"
     r"|tow|tow_mia|average_gap)(\.|$)"
+    r"|^clear_(real|retain|forget)$|^face_recognition\.\w+$|^rouge_with_image\.[a-z]+$"
     r"|^tv\.(forget|floor)$"
 )
 KINDS = ("base", "original", "reference", "identity", "random-edit", "method")

@@ -30,7 +30,7 @@ def command(
         Path | None, typer.Option("--commitments", help="With --run: the keys that certify wrote.")
     ] = None,
     recompute: Annotated[
-        bool, typer.Option("--recompute", help="With --run: make the claims again from its data and models.")
+        bool, typer.Option("--recompute", "--data", help="With --run: make the claims again from its data and models.")
     ] = False,
     json: Json = False,
 ) -> int:
@@ -42,6 +42,7 @@ def command(
     Examples:
       expunge verify runs/erase-17/certificate.json --pub signing.pub.pem
       expunge verify certificate.json --pub signing.pub.pem --model ./released --require L4
+      expunge verify certificate.json --run runs/erase-17 --commitments commitments.json --data
     """
     from expunge.certify.verify import verify
 
