@@ -33,8 +33,9 @@ learning rate raised for small models by one rule (docs/methods.md), unless the 
 chance. Where a method's own default does nothing here (a distance of 1 on every axis), its page in docs/papers.md and
 docs/log.md say why.
 
-TOFU is cut to slices that two cores can do: 4 of 40 private authors are forgotten (10 %, TOFU's forget10), 1 of 20 (5 %,
-forget05) and 1 of 60 (1.7 %, in place of forget01); base, holdout and the first author to go are the same in all three.
+TOFU is cut to slices that two cores can do: 4 of 40 private authors are forgotten (10 %, TOFU's forget10), 1 of 20
+(5 %, forget05) and 1 of 60 (1.7 %, in place of forget01); base, holdout and the first author to go are the same in all
+three.
 """
 LEFT_OUT = {
     "device",
