@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from expunge.data.samples import Dataset, Sample
 from expunge.methods.retrain import from_scratch
 from expunge.metrics.vision import feature, mia_efficacy, zero_retrain_forgetting
 from expunge.models.adapter import Adapter
+from expunge.models.am_softmax import embeddings
 from expunge.signals.distribution import class_probabilities
 from expunge.signals.forward import collect
 from expunge.training.loop import TrainOptions, fit
@@ -114,3 +116,33 @@ def test_one_run_is_one_row_of_the_modality_matrix() -> None:
         assert abs(after[f"modality.{asked}.retain"].value) < 0.1
     words = dataset(here, forget=tuple(s for s in here.forget if s.image is None))
     assert "one modality" in judged(here.original, here.adapter, words, None).skipped["modality"]
+
+
+def test_people_are_found_by_other_pictures_of_theirs(seen: tuple[World, Dataset, References, nn.Module]) -> None:
+    """Subjects of two pictures, by hand: the nearer mean of the first pictures decides."""
+    here, _, _, gold = seen
+    roles = {role: own[: len(own) // 2 * 2] for role, own in dataset(here).roles.items()}
+    named = {
+        role: tuple(replace(s, subject=f"{role} {i // 2}") for i, s in enumerate(own)) for role, own in roles.items()
+    }
+    data = replace(dataset(here), roles=named)
+    references = References(here.adapter, data, OPTIONS)
+    references.add(gold)
+    found = judged(here.original, here.adapter, data, references).metrics
+    everyone = [s for own in named.values() for s in own]
+    unit = embeddings(here.original, here.adapter, everyone)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    right = (unit[1::2] @ unit[::2].T).argmax(1) == np.arange(len(everyone) // 2)
+    start = 0
+    for role, own in named.items():
+        value = found[f"face_centroid.{role}"]
+        assert value.n == len(own) // 2 and value.value == pytest.approx(right[start : start + value.n].mean())
+        start += value.n
+    assert judged(gold, here.adapter, data, references).metrics["face_centroid.gap.retain"].value == 0.0
+
+
+def test_single_pictures_have_nobody_to_be_found_by(seen: tuple[World, Dataset, References, nn.Module]) -> None:
+    here, data, _, gold = seen
+    alone = {role: tuple(replace(s, subject=s.id) for s in own) for role, own in data.roles.items()}
+    found = judged(gold, here.adapter, replace(data, roles=alone), None)
+    assert found.skipped["face_centroid"] == "nobody (no subject) has several pictures in one role"

@@ -147,8 +147,8 @@ def evaluate(
         Metrics ``prob|loss|accuracy.ROLE``, ``extraction_strength.forget``, ``rouge_l.ROLE``, ``truth_ratio.ROLE``,
         ``forget_quality.{ks_distance,ks_bound,p_value}``, ``model_utility``, ``perplexity.{retain,utility}``,
         ``kfr``, ``kfr_fluent``, ``krr``, ``ls``, ``privleak``, ``mia.{loss,zlib,min_k,min_k_plus}.{auc,gap}``,
-        for classifiers ``u_mia``, ``mia_efficacy.{forget,attack,gap}``, ``tow``, ``tow_mia``, ``average_gap`` and
-        ``zrf.{forget,gap}``, for text with images
+        for classifiers ``u_mia``, ``mia_efficacy.{forget,attack,gap}``, ``tow``, ``tow_mia``, ``average_gap``,
+        ``zrf.{forget,gap}`` and ``face_centroid.{forget,retain,holdout,gap.ROLE}``, for text with images
         ``modality.{image,text}.{forget,retain,closed}`` and CLEAR's scores (:mod:`expunge.bench.clear`),
         ``tv.{forget,floor,gap_closed}``, ``retain_ratio``, ``relearn.{loss,prob,loss_ratio}``,
         ``quantB.{prob.forget,loss.forget,tv.forget,mia.loss.auc,mia.loss.gap,retain_ratio}`` and ``verdict.NAME``,

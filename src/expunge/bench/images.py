@@ -15,9 +15,10 @@ import numpy as np
 
 from expunge.bench.clear import clear
 from expunge.bench.desk import Desk, Floats, losses, mean_over, numbers, probs
-from expunge.bench.measuring import Measured, spread
+from expunge.bench.measuring import CUTS, Measured, spread
 from expunge.data.pictures import read_picture
-from expunge.data.samples import Image, Role
+from expunge.data.samples import Image, Role, Sample
+from expunge.metrics.clear import Faces, centroid_hits, face_centroid
 from expunge.metrics.modality import Asked, Change, by_modality, modality_matrix
 from expunge.metrics.vision import (
     Efficacy,
@@ -29,7 +30,6 @@ from expunge.metrics.vision import (
     tug_of_war,
 )
 
-CUTS: tuple[Role, ...] = ("forget", "retain", "holdout")
 THUMBNAILS = 16  # forget samples whose picture is kept in the record, for the report to show beside the answers
 LARGEST = 64  # pixels of their longer side
 
@@ -76,6 +76,7 @@ def data_uri(image: Image) -> str | None:
 def classifier(desk: Desk) -> None:
     """U-MIA and MIA efficacy by SVC on confidences; with references tug of war, its MIA form, and the average gap."""
     randomness(desk)
+    faces(desk)
     missing = [role for role in CUTS if role not in desk.own.signals]
     if missing:
         for name in ("u_mia", "mia_efficacy", "tow", "average_gap"):
@@ -134,6 +135,41 @@ def randomness(desk: Desk) -> None:
         desk.metrics["zrf.gap"] = gap_to_reference(
             own_N, theirs_N, desk.subjects("forget"), definition="zrf-bits-gap/1", level=desk.options.level
         )
+
+
+def faces(desk: Desk) -> None:
+    """Whether a person is still found among the enrolled ones, in each role, and how far that is from the references'.
+
+    Of each person (subject) in a role, the first half of the pictures is enrolled, all roles together, and the others
+    are asked about.
+    """
+    by_person: dict[tuple[Role, str], list[Sample]] = {}
+    for role in CUTS:
+        for sample in desk.own.samples.get(role, []):
+            if sample.id in desk.own.embedded:
+                by_person.setdefault((role, sample.subject), []).append(sample)
+    if not by_person:
+        desk.skipped["face_centroid"] = "nobody (no subject) has several pictures in one role"
+        return
+    enrolled = [s for own in by_person.values() for s in own[: len(own) // 2]]
+    for role in CUTS:
+        asked = [s for (where, _), own in by_person.items() if where == role for s in own[len(own) // 2 :]]
+        if not asked:
+            continue
+        own, others = as_faces(desk.own, enrolled), as_faces(desk.own, asked)
+        desk.metrics[f"face_centroid.{role}"] = face_centroid(own, others, desk.options.level)
+        if desk.references:
+            theirs_N = mean_over([centroid_hits(as_faces(r, enrolled), as_faces(r, asked)) for r in desk.references])
+            desk.metrics[f"face_centroid.gap.{role}"] = gap_to_reference(
+                centroid_hits(own, others), theirs_N, others.people, definition="face_centroid-gap/1",
+                level=desk.options.level,
+            )  # fmt: skip
+
+
+def as_faces(measured: Measured, samples: Sequence[Sample]) -> Faces:
+    """These pictures as the model sees them."""
+    rows_ND = np.stack([measured.embedded[s.id] for s in samples])
+    return Faces([s.id for s in samples], [s.subject for s in samples], rows_ND)
 
 
 def hits(measured: Measured) -> dict[str, Floats]:

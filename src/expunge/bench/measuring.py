@@ -5,6 +5,7 @@ Shape suffixes: L target tokens of a sample, R references.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +24,7 @@ from expunge.metrics.clear import kind_of, swapped
 from expunge.metrics.tofu import wanted
 from expunge.metrics.vision import jensen_shannon
 from expunge.models.adapter import Adapter, Batch, Head, Positions
+from expunge.models.am_softmax import embeddings
 from expunge.models.snapshot import TokenDistributions, snapshot
 from expunge.options import option
 from expunge.progress import Progress
@@ -30,6 +32,7 @@ from expunge.signals.distribution import class_probabilities, total_variation
 from expunge.signals.forward import collect
 from expunge.signals.record import Signals
 
+CUTS: tuple[Role, ...] = ("forget", "retain", "holdout")
 GENERATED_ROLES: tuple[Role, ...] = ("forget", "retain", "utility")
 SPLIT_SEED = 0  # one split for every model, so that relearning is compared on the same samples
 DEFAULTS: dict[str, dict[str, int]] = {
@@ -104,6 +107,7 @@ class Measured:
     predicted: dict[str, int] = field(default_factory=dict)  # likeliest class, by forget sample id
     perplexity: dict[str, float] = field(default_factory=dict)  # of the forget answers, under the model itself
     randomness: dict[str, float] = field(default_factory=dict)  # 1 - JS to random weights, by forget sample id
+    embedded: dict[str, NDArray[np.float64]] = field(default_factory=dict)  # by id, of people with several pictures
     relearned: list[Signals] = field(default_factory=list)  # of the forget samples that were not learnt again
     quantized: Pass | None = None
     quantized_signals: dict[Role, list[Signals]] = field(default_factory=dict)
@@ -204,6 +208,7 @@ def take(
     found = Measured(dataset.modality, samples, signals, forget)
     _probes(found, model, adapter, options)
     _randomness(found, model, adapter)
+    _embeddings(found, model, adapter)
     _generations(found, model, adapter, options, progress)
     _relearning(found, model, adapter, options, progress)
     _quantization(found, model, adapter, options, stores)
@@ -315,6 +320,18 @@ def _randomness(found: Measured, model: nn.Module, adapter: Adapter) -> None:
         return
     random = class_probabilities(teacher, adapter, samples)
     found.randomness = {s.id: float(1 - js) for s, js in zip(samples, jensen_shannon(own, random), strict=True)}
+
+
+def _embeddings(found: Measured, model: nn.Module, adapter: Adapter) -> None:
+    """What a classifier's head reads of the pictures of people (subjects) with several in one role."""
+    if found.modality != "classifier":
+        return
+    for role in CUTS:
+        counts = Counter(s.subject for s in found.samples.get(role, []))
+        several = [s for s in found.samples.get(role, []) if counts[s.subject] > 1]
+        if several:
+            rows = embeddings(model, adapter, several)
+            found.embedded |= {s.id: row_D for s, row_D in zip(several, rows, strict=True)}
 
 
 def _generations(

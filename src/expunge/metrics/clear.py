@@ -321,6 +321,12 @@ def face_centroid(enrolled: Faces, asked: Faces, level: float = LEVEL) -> Estima
     Raises:
         UserError: a picture is enrolled and asked about, or a person that is asked about is not enrolled.
     """
+    hits_N = centroid_hits(enrolled, asked)
+    return bootstrap_mean(hits_N, list(asked.people), level=level, definition="face_centroid/1")
+
+
+def centroid_hits(enrolled: Faces, asked: Faces) -> Floats:
+    """1 for each picture that is nearest to its own person's mean, else 0, (N,); errors as :func:`face_centroid`."""
     both = sorted(set(enrolled.ids) & set(asked.ids))
     if both:
         raise UserError(f"picture '{both[0]}' is enrolled and asked about: enrol other pictures of the person.")
@@ -333,7 +339,7 @@ def face_centroid(enrolled: Faces, asked: Faces, level: float = LEVEL) -> Estima
     centre_CD = _unit(np.stack([unit_ND[names == person].mean(axis=0) for person in people]))
     nearest = (_unit(asked.embedding_ND) @ centre_CD.T).argmax(axis=1)
     hits = [people[place] == person for place, person in zip(nearest, asked.people, strict=True)]
-    return bootstrap_mean(hits, list(asked.people), level=level, definition="face_centroid/1")
+    return np.array(hits, dtype=np.float64)
 
 
 def _unit(rows_ND: Floats) -> Floats:

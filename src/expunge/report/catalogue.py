@@ -50,6 +50,9 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("rouge_with_image", "ROUGE-L with the picture", "ROUGE-L recall of the answers to questions with a picture"),
     Entry("face_recognition", "faces named", "share of the pictures whose right name is likelier per token than every "
           "wrong one; about 1 / options for a model that does not know the face"),
+    Entry(r"face_centroid\.gap", "gap of faces found", "|own − that of the retrained model|", None, "zero"),
+    Entry("face_centroid", "faces found", "share of the pictures whose embedding is nearest (cosine) to the mean of "
+          "other pictures of the same person, among all people; arXiv 2410.18057, vision part"),
     Entry("clear_real", "CLEAR Real", "harmonic mean of probability among options and truth ratio over "
           "real faces and real world; arXiv 2410.18057", "retention", "high"),
     Entry("clear_retain", "CLEAR Retain", "harmonic mean of probability and truth ratio over captions and "
