@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,101 +39,14 @@ from expunge.certify import signing as _signing
 from expunge.certify import verify as _verify
 from expunge.completeness import run as _completeness
 from expunge.data.samples import Dataset, Role
-from expunge.errors import UserError, unknown
-from expunge.files import digest_folder
-from expunge.models.folder import inspect, resolve
-from expunge.models.load import device_of
+from expunge.errors import UserError
+from expunge.opening import Result, Text, check_models, finished, numbered, open_run, shown
 from expunge.options import configure
-from expunge.progress import Progress
-from expunge.report import write_report
-from expunge.runs import Run, read_config
+from expunge.runs import read_config
 from expunge.training.loop import TrainOptions
 
-Text = str | Path
 completeness = _completeness.completeness
 certify, verify, keygen = _issue.certify, _verify.verify, _signing.keygen
-BOOKKEEPING = frozenset({"run.yaml", "run.json", "events.jsonl", ".lock"})
-
-
-@dataclass(frozen=True)
-class Result:
-    """Where everything is. ``results`` is the content of results.json; empty after a dry run, which has a ``plan``."""
-
-    folder: Path
-    model: Path | None = None
-    report: Path | None = None
-    results: Mapping[str, Any] = field(default_factory=dict, repr=False)
-    plan: Mapping[str, Any] | None = None
-    failures: Sequence[str] = ()
-
-    def record(self) -> dict[str, Any]:
-        """For ``--json``."""
-        if self.plan is not None:
-            return dict(self.plan)
-        more = {"summary": self.results["summary"]} if "summary" in self.results else dict(self.results)
-        places = {"run": self.folder, "model": self.model, "report": self.report}
-        return {k: str(v) for k, v in places.items() if v is not None} | more
-
-
-@contextmanager
-def open_run(
-    out: Text,
-    command: str,
-    config: Mapping[str, Any],
-    dataset: Dataset,
-    models: Mapping[str, Text | None],
-    seeds: Sequence[int],
-    grows: Sequence[str] = (),
-) -> Iterator[Run]:
-    """The run folder, bound to the content of data and models: other content is another configuration.
-
-    A new run that is refused before it made anything leaves no folder, so that the mended command can use the name.
-    """
-    digests = {"data": dataset.digest()}
-    for name, folder in models.items():
-        if folder is not None and Path(folder).is_dir():
-            digests[name] = digest_folder(Path(folder))
-    device = str(device_of(str(config["device"])))
-    run = Run.open(out, command, config, digests, seeds=seeds, device=device, grows=grows)
-    try:
-        with run:
-            yield run
-    except UserError:
-        if not run.resumed:
-            discard(run.folder)
-        raise
-
-
-def discard(folder: Path) -> None:
-    """Remove a run folder that holds nothing but the record of its own beginning."""
-    made = [p for p in folder.rglob("*") if p.is_file() and p.relative_to(folder).as_posix() not in BOOKKEEPING]
-    if not made:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def check_models(*names: Text | None) -> None:
-    """Refuse a model that is not there before any other is loaded.
-
-    Raises:
-        UserError: see :func:`expunge.models.folder.inspect`.
-    """
-    for name in names:
-        if name is not None:
-            inspect(resolve(name))
-
-
-def finished(run: Run, model: Path | None = None) -> Result:
-    """The result of a run that has results.json: its report is written again."""
-    return Result(run.folder, model, write_report(run.folder), run.read_json("results.json"))
-
-
-def numbered(folders: Sequence[str]) -> dict[str, Text | None]:
-    """References under the names that run.json has for their digests."""
-    return {f"reference.{number}": folder for number, folder in enumerate(folders)}
-
-
-def shown(quiet: bool, run: Run) -> Progress:
-    return Progress(quiet=quiet, event=run.event)
 
 
 def unlearn(
@@ -522,72 +433,6 @@ def bench(
         if validate_metrics:
             return Result(run.folder, None, run.folder / "results.md", run.read_json("results.json"))
         return finished(run)
-
-
-DEMO: dict[str, dict[str, Any]] = {  # by data set
-    "people": {
-        "data_options": {"people": 30, "forget": 3, "holdout": 24, "utility": 40, "questions": 8},
-        "init": "tiny",
-        "methods": "cluster,npo,graddiff",
-        "seeds": 1,
-        "references": 2,
-        "base_epochs": 12.0,
-        "epochs": 20.0,
-    },
-    "people-portraits": {
-        "data_options": {"people": 20, "forget": 4, "holdout": 12, "utility": 16, "questions": 3},
-        "init": "tiny",
-        "methods": "cluster,npo,graddiff",
-        "seeds": 1,
-        "references": 2,
-        "base_epochs": 15.0,
-        "epochs": 30.0,
-    },
-}
-
-
-ATTACKS = "blind,loss,min_k,quantization,relearn-forget"  # of the demo's audit
-
-
-def demo(out: Text = "runs/demo", *, data: str = "people", seed: int = 0, quiet: bool = True) -> Result:
-    """The main job on invented people, or on people with portraits, offline; see ``expunge demo --help``.
-
-    Inside of the run of the comparison: ``measured/`` has an edit of the weights once more, with an audit, and where
-    the models read texts alone ``exact/`` a zone from which the same people were removed; both are certified with a
-    key of the demo's own, and verified.
-
-    Raises:
-        UserError: no demo of this data set.
-        AssertionError: a certificate that was just made does not verify.
-    """
-    if data not in DEMO:
-        raise unknown("demo of data set", data, DEMO)
-    place, chosen, more = Path(out), DEMO[data], {"seed": seed, "data_seed": seed, "quiet": quiet}
-    people: dict[str, Any] = {"data": data, "data_options": chosen["data_options"]} | more
-    study = bench(place, data=data, **chosen, seed=seed, quiet=quiet, command="demo")
-    models, exact, edit, key = place / "models", place / "exact", place / "measured", place / "signing.pem"
-    certified: list[tuple[Path, Path]] = []
-    if data == "people":  # a zone lies over a language model
-        train(exact / "base", init=chosen["init"], roles=("utility",), epochs=chosen["base_epochs"], **people)
-        train(exact / "zone", model=exact / "base" / "model", zone="store", **people)
-        unlearn(exact / "zone" / "model", exact / "erase", method="zone-store", suite="quick", **people)
-        certified.append((exact / "erase", exact / "erase" / "model"))
-    first, retrained = models / "original-0", sorted(models.glob("reference-?"))
-    unlearn(first, edit / "cluster", method="cluster", base=models / "base", suite="none", **people)
-    unlearned, audited = edit / "cluster" / "model", edit / "audit"
-    audit(unlearned, audited, original=first, references=retrained, suite="quick", attacks=ATTACKS, **people)
-    certified.append((audited, unlearned))
-    if not key.exists():
-        keygen(key, days=365)
-    for run, model in certified:
-        if not (run / "certificate.json").is_file():
-            collect_evidence(run)
-            certify(run, key=key)
-        found = verify(run / "certificate.json", pub=[key.with_suffix(_signing.PUBLIC)], model=model)
-        assert not found.code, found.text()
-        write_report(run)
-    write_report(place)
-    return study
 
 
 def collect_evidence(run: Text) -> tuple[str, ...]:

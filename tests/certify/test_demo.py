@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.certify.test_cli_certify import expunge
 
-from expunge import api
+from expunge import showcase
 
 torch.set_num_threads(1)
 SMALL = {
@@ -25,7 +25,7 @@ SMALL = {
 def test_the_demo_ends_with_both_certificates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(api.DEMO, "people", api.DEMO["people"] | SMALL)
+    monkeypatch.setitem(showcase.DEMO, "people", showcase.DEMO["people"] | SMALL)
     out = tmp_path / "demo"
     assert expunge("demo", "--out", out, "--quiet") == 0
     said = capsys.readouterr().out

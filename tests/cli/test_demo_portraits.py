@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from expunge import api
+from expunge import showcase
 from expunge.cli.main import main
 
 torch.set_num_threads(1)
@@ -30,7 +30,7 @@ def expunge(*arguments: str | Path) -> int:
 def test_the_demo_on_portraits_shows_pictures_and_ends_with_a_certificate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(api.DEMO, "people-portraits", api.DEMO["people-portraits"] | SMALL)
+    monkeypatch.setitem(showcase.DEMO, "people-portraits", showcase.DEMO["people-portraits"] | SMALL)
     out = tmp_path / "demo"
     assert expunge("demo", "--data", "people-portraits", "--out", out, "--quiet") == 0
     said = capsys.readouterr().out

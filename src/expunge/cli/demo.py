@@ -35,7 +35,7 @@ def command(
       expunge demo --out runs/demo
       expunge demo --data people-portraits --out runs/faces
     """
-    from expunge.api import demo
+    from expunge.showcase import demo
 
     result = demo(out, data=data, seed=seed, quiet=quiet)
     tell(result, json, list(certified(result.folder)))
