@@ -56,7 +56,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small classifier of three classes, a small LLaVA, and pictures with everything that can be wrong with them."""
     from expunge.data.files import load_files
     from expunge.models.load import save_model
-    from expunge.models.tiny import init_classifier, init_llava
+    from expunge.models.tiny import init_classifier, init_llava, init_qwen2vl, init_text
 
     folder = tmp_path_factory.mktemp("desk")
     for name in (f"{kind}{i}.png" for kind in ("good", "kept") for i in range(4)):
@@ -68,7 +68,15 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows(folder / "forget.jsonl")
     rows(folder / "talk.jsonl", talk=True)
     save_model(init_classifier(3, 16), folder / "model")
-    save_model(init_llava(load_files(forget=folder / "talk.jsonl")["forget"]), folder / "llava")
+    spoken = load_files(forget=folder / "talk.jsonl")["forget"]
+    for made, name in ((init_llava(spoken), "llava"), (init_qwen2vl(spoken), "qwen"), (init_text(spoken), "speaker")):
+        save_model(made, folder / name)
+    shutil.copytree(folder / "llava", folder / "unscaled")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (folder / "unscaled" / name).unlink()
+    shutil.copytree(folder / "model", folder / "odd")
+    odd = json.loads((folder / "odd/preprocessor_config.json").read_text()) | {"image_mean": [0.5, 0.5]}
+    (folder / "odd/preprocessor_config.json").write_text(json.dumps(odd))
     for name in ("cut", "bomb", "text", "gone"):
         rows(folder / f"{name}.jsonl", {"image": f"{name}.png"})
         rows(folder / f"talk-{name}.jsonl", {"image": f"{name}.png"}, talk=True)
@@ -124,6 +132,26 @@ CASES = {
     ),
     "questions for a classifier": (f"{UNLEARN} --forget talk.jsonl", ("is no class of this model",)),
     "texts for a classifier": (f"{UNLEARN} --data people", ("no image",)),
+    "two places for one picture, Qwen2-VL": (
+        "unlearn -m qwen -o out --forget twice.jsonl --method ga", ("1 image(s) and 2 <image> in its text",)
+    ),
+    "pictures for a text model": (
+        "unlearn -m speaker -o out --forget talk.jsonl --method ga", ("has an image, and a text model sees none",)
+    ),
+    "classes for a text model": ("train -m speaker -o out --data digits", ("sees none",)),
+    "classes for a model that speaks": (
+        "unlearn -m llava -o out --forget forget.jsonl --method ga", ("is the class number 0", "multimodal model")
+    ),
+    "LLaVA that builds no classifier": (
+        "train --init llava -o out --data digits", ("preset llava is not for classifier data", "resnet")
+    ),
+    "no processor files": (
+        "unlearn -m unscaled -o out --forget talk.jsonl --method ga", ("no preprocessor_config.json", "copy it")
+    ),
+    "processor of another model": (
+        "unlearn -m odd -o out --forget forget.jsonl --method ga", ("1 or 3 finite numbers for image_mean",)
+    ),
+    "a file for --data-dir": (f"{DATA} images --data-dir empty/x.npz", ("is a file", "the one that the file lies in")),
     "pickled CIFAR": (f"{DATA} cifar10 --data-dir pickled", ("a pickle", "cifar-10-binary.tar.gz")),
     "bomb in a class folder": (f"{DATA} images --data-dir classes", ("dog/8.png'", "67 million pixels")),
     "floats in an npz": (f"{DATA} images --data-dir empty", ("is float64 of shape (3, 8, 8)",)),

@@ -142,8 +142,8 @@ def test_parquet_reads_no_other_row_group(tmp_path: Path, monkeypatch: pytest.Mo
         ({"image": [b"x"], "label": [0]}, "picture 0 of .* is no readable image"),
         ({"image": [None], "label": [0]}, "has no bytes of a picture"),
         ({"image": [{"bytes": None, "path": "none.png"}], "label": [0]}, "'none.png', picture 0 of .* does not exist"),
-        ({"image": [b"x"], "mark": [0]}, "unknown label column"),
-        ({"picture": [b"x"], "label": [0]}, "unknown image column"),
+        ({"image": [b"x"], "mark": [0]}, "has no column of labels: it has image, mark"),
+        ({"picture": [b"x"], "label": [0]}, "has no column of images: it has picture, label"),
         ({"image": [b"x"], "label": [None]}, "has the label None"),
         ({"image": [b"x"], "label": [-1]}, "picture 0 has the label -1"),
         ({"image": [b"x"], "label": [1 << 40]}, "is no class"),
@@ -153,6 +153,12 @@ def test_bad_parquet(tmp_path: Path, columns: dict[str, Any], words: str) -> Non
     path = parquet(tmp_path / "x.parquet", [], note=False, **columns)
     with pytest.raises(UserError, match=words):
         parquet_pool([path]).check().read([0])
+
+
+def test_parquet_with_a_label_outside_of_the_classes_it_notes(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "x.parquet", [], image=[b"x", b"x"], label=[0, 3])
+    with pytest.raises(UserError, match="picture 1 has the label 3, outside of the 3 classes"):
+        parquet_pool([path]).check()
 
 
 def test_parquet_that_is_none(tmp_path: Path) -> None:

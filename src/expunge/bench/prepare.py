@@ -139,8 +139,11 @@ def check_preset(preset: str | None, modality: Modality) -> None:
     from expunge.models.tiny import KINDS, PRESETS
 
     allowed = (*PRESETS, *KINDS[modality])
-    if preset is not None and preset not in allowed:
-        raise unknown(f"preset for {modality} data", preset, allowed)
+    if preset is None or preset in allowed:
+        return
+    if any(preset in kinds for kinds in KINDS.values()):
+        raise UserError(f"preset {preset} is not for {modality} data: allowed are {', '.join(sorted(allowed))}.")
+    raise unknown(f"preset for {modality} data", preset, allowed)
 
 
 def initialised(dataset: Dataset, preset: str, seed: int) -> Loaded:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from expunge.data.pictures import MOST_BYTES, read_picture
 from expunge.data.pool import MOST_CLASSES, Held, Pool, class_names
-from expunge.errors import UserError, unknown
+from expunge.errors import UserError
 
 IMAGES = ("image", "img", "file_name", "path")
 LABELS = ("label", "fine_label", "labels", "target", "class")
@@ -65,7 +65,7 @@ def parquet_pool(paths: Sequence[Path]) -> Pool:
     given = [label for shard in shards for label in shard.labels]
     source = str(paths[0] if len(paths) == 1 else paths[0].parent)
     classes, labels_N = _classes(given, source)
-    if shards[0].classes and len(shards[0].classes) >= len(classes):
+    if shards[0].classes and isinstance(given[0], int):  # else the labels are names themselves
         classes = shards[0].classes
     groups = [(shard, group, size) for shard in shards for group, size in enumerate(shard.groups)]
     ends = np.cumsum([size for _, _, size in groups])
@@ -113,7 +113,9 @@ class _Shard:
             raise UserError(f"'{path}' is not a readable Parquet file ({type(error).__name__}).") from error
         if not (image and label):
             missing, kinds = ("image", IMAGES) if not image else ("label", LABELS)
-            raise unknown(f"{missing} column among those of '{path}'", ", ".join(names), kinds)
+            raise UserError(
+                f"'{path}' has no column of {missing}s: it has {', '.join(names)}; call one {' or '.join(kinds)}."
+            )
         return cls(path, file, image, labels, groups, _noted(note, label))
 
     def cells(self, group: int, places: Sequence[int]) -> list[Any]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from expunge.data.pictures import MOST_PIXELS
 from expunge.data.pool import Held, Pool, class_names
-from expunge.errors import UserError, unknown
+from expunge.errors import UserError
 
 CONTENTS = ("images", "features", "data", "x", "X", "arr_0")
 LABELS = ("labels", "label", "targets", "y", "Y", "arr_1")
@@ -113,7 +113,10 @@ def _array(path: Path, names: Sequence[str], kinds: Sequence[str], part: str) ->
     wanted = [f"{kind}_{part}" for kind in kinds] + [f"{part}_{kind}" for kind in kinds] if part else []
     name = next((n for n in (*wanted, *kinds) if n in names), None)
     if name is None:
-        raise unknown(f"array of '{path}'", ", ".join(names) or "none", [*wanted, *kinds])
+        raise UserError(
+            f"'{path}' has no array of {kinds[0]}: it has {', '.join(names) or 'none'}; call one "
+            f"{' or '.join([*wanted, *kinds])}."
+        )
     with _opened(path, name) as file:
         shape, dtype = _header(file, path, name)
     return NpzArray(path, name, shape, dtype)

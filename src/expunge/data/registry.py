@@ -112,6 +112,8 @@ def load_dataset(
     """
     source = get_dataset(name)
     folder = None if data_dir is None else Path(data_dir)
+    if folder is not None and folder.is_file():
+        raise UserError(f"'{folder}' is a file, and --data-dir a folder: give the one that the file lies in.")
     if folder is not None and not folder.is_dir():
         raise UserError(f"the data folder '{folder}' does not exist: give a folder with a local copy of '{name}'.")
     if seed < 0:

@@ -6,10 +6,10 @@ Shape suffixes: H height, W width, C channels.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from expunge.data.pictures import MOST_PIXELS, on_white, read_picture
 from expunge.data.samples import Sample
 from expunge.errors import UserError
 
+P = TypeVar("P")
 BILINEAR, BICUBIC = 2, 3  # Pillow's numbers, which configurations use
 
 
@@ -41,9 +42,27 @@ class Preprocess:
     scale: float = 1 / 255
     raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    def __post_init__(self) -> None:
+        counts = {len(self.mean), len(self.std)}
+        numbers = (*self.mean, *self.std, self.scale)
+        sound = min(self.height, self.width, self.edge or 1) > 0 and counts <= {1, self.channels}
+        if not (sound and all(map(math.isfinite, numbers)) and min(self.std) > 0 and self.resample in range(6)):
+            raise UserError(
+                f"preprocessor_config.json does not fit the model: allowed are sides above 0, 1 or {self.channels} "
+                "finite numbers for image_mean and, above 0, for image_std, and 0 to 5 for resample."
+            )
+
     @classmethod
     def read(cls, config: Mapping[str, Any], *, size: int, channels: int) -> Preprocess:
-        """From a preprocessor_config.json; ``size`` and ``channels`` are the model's own where it says nothing."""
+        """From a preprocessor_config.json; ``size`` and ``channels`` are the model's own where it says nothing.
+
+        Raises:
+            UserError: a value of the wrong type, or one that fits no model or not this one.
+        """
+        return understood(lambda given: cls._read(given, size, channels), config)
+
+    @classmethod
+    def _read(cls, config: Mapping[str, Any], size: int, channels: int) -> Preprocess:
         given = config.get("size", size)
         crop = config.get("crop_size", given) if config.get("do_center_crop") else None
         edge = None
@@ -149,6 +168,22 @@ class Preprocess:
     def patches(self) -> int:
         """16 x 16 pixel patches: the unit in which image batches are sized."""
         return math.ceil(self.height / 16) * math.ceil(self.width / 16)
+
+
+def understood(read: Callable[[Mapping[str, Any]], P], config: Mapping[str, Any]) -> P:
+    """``read`` of a preprocessor_config.json without its nulls, which stand for what is not said.
+
+    Raises:
+        UserError: what :func:`read` finds wrong, or a value of a type that it cannot use.
+    """
+    try:
+        return read({key: value for key, value in config.items() if value is not None})
+    except UserError:
+        raise
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(
+            f"preprocessor_config.json has a value of the wrong type ({error}): copy the file that the model came with."
+        ) from error
 
 
 def _sides(size: Any, default: int) -> tuple[int, int]:

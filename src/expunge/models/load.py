@@ -226,6 +226,8 @@ def _adapter(base: ModelFolder, folder: ModelFolder, model: nn.Module, template:
     if base.modality == "text":
         return TextAdapter(tokenizer=tokenizer, template=template, context=context)
     files = {n: read_json(base.path / n) for n in PROCESSOR_FILES if (base.path / n).is_file()}
+    if not _image_processor(files):
+        raise _unscaled(base)
     token_id = int(config.image_token_id)
     names = {number: word for word, number in vocabulary.items()}
     if token_id not in names:
@@ -243,8 +245,7 @@ def _adapter(base: ModelFolder, folder: ModelFolder, model: nn.Module, template:
 
 def _llava(config: Any, _: Mapping[int, str], files: Mapping[str, Any], common: dict[str, Any]) -> LlavaAdapter:
     size = int(config.vision_config.image_size)
-    given = _image_processor(files) or {"size": {"height": size, "width": size}}
-    preprocess = Preprocess.read(given, size=size, channels=int(config.vision_config.num_channels))
+    preprocess = Preprocess.read(_image_processor(files), size=size, channels=int(config.vision_config.num_channels))
     if (preprocess.height, preprocess.width) != (size, size):
         raise UserError(
             f"the image processor makes images of {preprocess.height} x {preprocess.width} and the model takes {size} "
@@ -258,7 +259,7 @@ def _qwen(config: Any, names: Mapping[int, str], files: Mapping[str, Any], commo
     if lost:
         raise UserError(f"the tokenizer has no mark of id {lost[0]}, between which config.json has images stand.")
     marks = (names[config.vision_start_token_id], names[config.vision_end_token_id])
-    preprocess = PatchPreprocess.of(_image_processor(files) or {}, config.vision_config)
+    preprocess = PatchPreprocess.of(_image_processor(files), config.vision_config)
     return Qwen2VLAdapter(**common, preprocess=preprocess, marks=marks)
 
 
@@ -274,16 +275,21 @@ def _classifier(folder: ModelFolder, config: Any) -> ClassifierAdapter:
     size = getattr(config, "image_size", None) or 224
     side = int(size if isinstance(size, int) else size[0])
     file = folder.path / "preprocessor_config.json"
-    if not file.is_file():
-        raise UserError(
-            f"'{folder.path}' has no preprocessor_config.json, so how its images were scaled is not known: copy it "
-            "from the model that this one was trained from."
-        )
+    given = read_json(file) if file.is_file() else {}
+    if not given:
+        raise _unscaled(folder)
     names = {str(k): int(v) for k, v in (config.label2id or {}).items()}
     return ClassifierAdapter(
-        preprocess=Preprocess.read(read_json(file), size=side, channels=int(getattr(config, "num_channels", 3))),
+        preprocess=Preprocess.read(given, size=side, channels=int(getattr(config, "num_channels", 3))),
         num_classes=int(config.num_labels),
         label_ids=names,
+    )
+
+
+def _unscaled(folder: ModelFolder) -> UserError:
+    return UserError(
+        f"'{folder.path}' has no preprocessor_config.json, or an empty one, so how images are scaled is not known: "
+        "copy it from the model that this one was trained from."
     )
 
 

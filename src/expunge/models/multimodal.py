@@ -46,6 +46,11 @@ class LlavaAdapter(TextAdapter):
         """What stands for an image in a text, before it is repeated."""
         return self.image_token
 
+    @property
+    def place(self) -> str:
+        """What the author of a prompt writes where the image stands."""
+        return self.image_token
+
     def tokens_of(self, sample: Sample) -> int:
         """How many tokens the sample's image takes."""
         return self.image_tokens
@@ -88,8 +93,8 @@ class LlavaAdapter(TextAdapter):
         wanted = 0 if sample.image is None else 1
         if len(places) != wanted:
             raise UserError(
-                f"sample '{sample.id}' has {wanted} image(s) and {len(places)} {self.image_token} in its text: "
-                f"give one {self.image_token} with an image and none without, or leave it out of the prompt."
+                f"sample '{sample.id}' has {wanted} image(s) and {len(places)} {self.place} in its text: "
+                f"give one {self.place} with an image and none without, or leave it out of the prompt."
             )
         if not places:
             return ids, first, lead

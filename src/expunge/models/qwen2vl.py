@@ -18,7 +18,7 @@ from torch import Tensor
 
 from expunge.data.samples import Sample
 from expunge.errors import UserError
-from expunge.models.images import BICUBIC, Preprocess, read_image
+from expunge.models.images import BICUBIC, Preprocess, read_image, understood
 from expunge.models.multimodal import LlavaAdapter
 
 PLACE = "<image>"  # what marks an image's place in a prompt, whatever the model calls it
@@ -40,13 +40,24 @@ class PatchPreprocess(Preprocess):
     most: int = 28 * 28 * 1280
     resample: int = BICUBIC
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.least <= self.most:
+            raise UserError(
+                f"preprocessor_config.json allows images of {self.least} to {self.most} pixels: give the smaller first."
+            )
+
     @classmethod
     def of(cls, config: Mapping[str, Any], vision: Any) -> Self:
         """From a preprocessor_config.json (empty: the model family's defaults) and the model's vision configuration.
 
         Raises:
-            UserError: the file cuts images into other patches than the model takes.
+            UserError: the file cuts images into other patches than the model takes, or has values of wrong types.
         """
+        return understood(lambda given: cls._of(given, vision), config)
+
+    @classmethod
+    def _of(cls, config: Mapping[str, Any], vision: Any) -> Self:
         sizes = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
         sizes["temporal_patch_size"] = vision.temporal_patch_size
         for name, own in sizes.items():
@@ -138,6 +149,10 @@ class Qwen2VLAdapter(LlavaAdapter):
     @property
     def image_text(self) -> str:
         return self.marks[0] + self.image_token + self.marks[1]
+
+    @property
+    def place(self) -> str:
+        return PLACE
 
     def texts(self, sample: Sample) -> tuple[str, str, bool]:
         return super().texts(replace(sample, prompt=sample.prompt.replace(PLACE, self.image_text)))

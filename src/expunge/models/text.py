@@ -126,6 +126,22 @@ class TextAdapter(Adapter):
         return text
 
     def encode(self, sample: Sample) -> Encoded:
+        """Token ids and where the target begins.
+
+        Raises:
+            UserError: an image where the model sees none, or a class number for target: they would be dropped, or
+                learnt as digits, in silence.
+        """
+        if sample.image is not None and self.modality == "text":
+            raise UserError(
+                f"sample '{sample.id}' has an image, and a text model sees none: give a vision-language model or a "
+                "classifier, or data without images."
+            )
+        if isinstance(sample.target, int):
+            raise UserError(
+                f"the target of sample '{sample.id}' is the class number {sample.target}, and a {self.modality} model "
+                "answers in texts: give a classifier, or texts for targets."
+            )
         before, after, special = self.texts(sample)
         wants_eos = special and (not sample.prompt or self._plain or self.template.endswith("{eos}"))
         ids, first, whole_start = self.split(before, after, special)
