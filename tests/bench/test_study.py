@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from expunge import api
+from expunge import api, opening
 from expunge.bench import results, tune
 from expunge.bench.plan import StudyOptions, check_study
 from expunge.bench.prepare import split_holdout
@@ -53,7 +53,7 @@ def one_thread() -> Any:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         # Drawing takes longer than all studies here together; the study on the command line has its report.
-        patch.setattr(api, "write_report", lambda folder: Path(folder) / "report.html")
+        patch.setattr(opening, "write_report", lambda folder: Path(folder) / "report.html")
         yield
     torch.set_num_threads(before)
 
