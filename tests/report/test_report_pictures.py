@@ -85,6 +85,11 @@ def test_words_are_compared_without_case_and_punctuation() -> None:
     assert not compared("", "Ann").words and not compared("!", "?").words[0][1]
 
 
+def test_a_wrong_class_shares_no_word_with_the_right_one() -> None:
+    assert compared("class 9", "class 8").words == [("class", False), ("9", False)]
+    assert compared("class 8", "class 8").words == [("class", True), ("8", True)]
+
+
 def test_a_classifier_shows_its_classes() -> None:
     content = pictured()
     lines = [

@@ -93,3 +93,9 @@ def test_reading_does_not_change_the_content() -> None:
     before = copy.deepcopy(content)
     parse_results(content)
     assert content == before
+
+
+def test_a_run_that_measured_nothing_is_said_to_be_one(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"schema": "expunge.training/1"}')
+    with pytest.raises(UserError, match="holds no measurements: give the folder of a run"):
+        load_results(tmp_path)

@@ -69,6 +69,12 @@ def test_over_forgetting_does_not_win() -> None:
     assert "knows less than retrained" in paragraph(view, view.ranked[1])
 
 
+def test_a_method_further_away_than_the_original_is_not_called_close() -> None:
+    rows = [row("original", "original", prob__forget=0.6), row("reference", "reference", prob__forget=0.5)]
+    view = view_of([*rows, row("wild", "method", prob__forget=0.1)])
+    assert headline(view).startswith("No method came closer to retraining") and "wild" in headline(view)
+
+
 def test_the_runs_own_share_of_the_gap_is_used_when_all_have_it() -> None:
     rows = [row("original", "original", tv__forget=0.8), row("reference", "reference", tv__forget=0.2)]
     rows += [row("a", "method", tv__forget=0.5, tv__gap_closed=0.51), row("b", "method", tv__forget=0.5)]

@@ -101,7 +101,7 @@ def _joined(folders: Sequence[Path], contents: Sequence[dict[str, Any]]) -> tupl
         if clash and any(row["kind"] == "original" and row not in differ for row in again):
             raise UserError(
                 f"{differ[0]['model']} was measured twice from one original, differently in '{folder}': leave one "
-                "of the runs out, or name the settings in --methods, so that they are two rows."
+                "of the runs out, or name the settings in the --methods of one bench, so that they are two rows."
             )
         step = 1 + max((key[-1] for key in taken if key[-1] is not None), default=-1) if clash else 0
         fresh: dict[str, Row] = {}

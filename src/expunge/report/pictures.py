@@ -67,14 +67,17 @@ def plain(word: str) -> str:
 
 
 def compared(said: str, target: str) -> Answer:
-    """The words of an answer beside the true one.
+    """The words of an answer beside the true one; a class is right or wrong as a whole.
 
     >>> compared("Ann lives here", "Ann is here.").words
     [('Ann', True), ('lives', False), ('here', True)]
     """
+    right = [plain(w) for w in said.split()] == [plain(w) for w in target.split()]
+    if re.fullmatch(r"class \d+", target):
+        return Answer([(word, right) for word in said.split()], right)
     known = {plain(word) for word in target.split()} - {""}
     words = [(word, plain(word) in known) for word in clip(said, ANSWER).split()]
-    return Answer(words, [plain(w) for w in said.split()] == [plain(w) for w in target.split()])
+    return Answer(words, right)
 
 
 def picture_grid(view: View) -> Grid | None:

@@ -142,6 +142,10 @@ def parse_results(content: Any, where: str = "results.json") -> Results:
     if not isinstance(content, dict):
         raise UserError(f"{where} holds a {type(content).__name__}, not one JSON object: give the folder of a run.")
     version = content.get("schema")
+    if isinstance(version, str) and not version.startswith("expunge.results/"):
+        raise UserError(
+            f"{where} is {version!r}, which holds no measurements: give the folder of a run that was measured."
+        )
     if version != SCHEMA:
         raise UserError(
             f"{where} has schema {version!r}, and this version of Expunge reads '{SCHEMA}': "

@@ -133,7 +133,10 @@ def headline(view: View) -> str:
     if gap is None or gap.value is None:
         return f"No method was measured on {understand(primary).label}." + tail
     label = understand(primary).label.replace(", forget", "")
-    sentence = f"Closest to retraining on the forget set: {best.method} ({label} gap closed {percent(gap)}"
+    opening = "Closest to retraining on the forget set:"
+    if gap.value <= 0:
+        opening = "No method came closer to retraining on the forget set than the original was; least far:"
+    sentence = f"{opening} {best.method} ({label} gap closed {percent(gap)}"
     auc = _membership(view, best)
     sentence += f"; {auc})." if auc else ")."
     rivals = [
