@@ -3,8 +3,9 @@
 Keys (:mod:`expunge.zones.context`) become random Fourier features z, which are integers of public numbers
 (:mod:`expunge.zones.fixed_point`); targets are one-hot. The sums ΣzzT and ΣzyT are then exact integers, a record is
 taken out by subtracting its own, and ``W = (ΣzzT + αI)⁻¹ c ΣzyT`` has the bytes of a fit that never saw it, in
-whatever order records came and went. Subjects are put into groups by a keyed hash of their names. Files hold rows
-only: sums and weights are made when first asked for, so that no trace of a removed or sealed block lies in them.
+whatever order records came and went. Logits at an open position are ``κ log p_base + zW``. Subjects are put into groups
+by a keyed hash of their names. Files hold rows only: sums and weights are made when first asked for, so that no trace
+of a removed or sealed block lies in them.
 
 With ``epsilon`` above 0 the weights are solved to a residual only, starting from those of the release before, and
 released with noise that hides where they came from (:mod:`expunge.zones.residual`). Such weights are kept, sealed, and
@@ -22,7 +23,6 @@ import math
 import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -31,7 +31,15 @@ from torch import Tensor
 from expunge.data.samples import Sample
 from expunge.errors import UserError
 from expunge.options import option
-from expunge.zones.context import BAG_WIDTH, extract_states, prepare_context, query_keys, row_keys, shifted
+from expunge.zones.context import (
+    ContextZone,
+    check_options,
+    key_width,
+    prepare_context,
+    query_keys,
+    row_keys,
+    tokens_of,
+)
 from expunge.zones.fixed_point import Moments, RandomFeatures
 from expunge.zones.linear_algebra import Doubles, digest_arrays, solve_positive, solve_within
 from expunge.zones.residual import (
@@ -42,7 +50,7 @@ from expunge.zones.residual import (
     ridge_residual,
     ridge_rounding,
 )
-from expunge.zones.zone import Array, FrozenBase, Public, Record, Row, Seen, Zone, zone
+from expunge.zones.zone import Array, FrozenBase, Public, Row, Seen, zone
 
 FEATURE_NORM = math.sqrt(2)  # |z(x)| of D cosines of height √(2/D) is at most this
 
@@ -54,18 +62,18 @@ class SharedOptions:
     features: int = option(2048, "random features D; facts are held when D reaches the tokens of a group")
     groups: int = option(5, "groups into which subjects fall by a keyed hash; each has a head of its own")
     alpha: float = option(0.03, "ridge α", "sweep on public subjects")
-    scale: float = option(40.0, "c: how many nats a whole target is worth", "sweep on people, seed 0")
+    scale: float = option(16.0, "c: how many nats a whole target is worth", "sweep on people, seed 0")
+    trust: float = option(0.3, "κ: power of the base's probabilities at open positions", "people, seed 0")
     feature_seed: int = option(0, "published seed of the random features")
     epsilon: float = option(0.0, "above 0: (ε, δ) in place of exactness, solved to a residual and released with noise")
     delta: float = option(1e-5, "δ of a release with noise")
     tolerance: float = option(5e-4, "largest gradient norm of a solve; the noise follows from it, not from the data")
+    learn: bool = option(True, "learn the kernel on public paraphrases, where there are any")
     false_open: float = option(0.01, "share of public texts that may open a block, in calibration")
 
     def __post_init__(self) -> None:
         """Raises UserError for a number that no zone can have."""
-        for name in ("features", "groups", "alpha", "scale", "tolerance"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"shared option {name} = {getattr(self, name)} cannot be: give a number above 0.")
+        check_options(self, "shared", ("features", "groups", "alpha", "scale", "tolerance"))
         if not 0 <= self.feature_seed < 2**32:
             raise UserError(f"feature_seed {self.feature_seed} cannot be: give a number from 0 to 2^32 - 1.")
         if self.epsilon:
@@ -103,28 +111,22 @@ class Group:
     source="Rahimi and Recht 2007 (random features); removal by exact integer sums",
     options=SharedOptions,
 )
-class Shared(Zone):
-    """See the module's docstring. Row tensors: ``states`` (L, ·) int16 for L target tokens."""
+class Shared(ContextZone):
+    """See the module's docstring."""
 
     options: SharedOptions
 
     @classmethod
     def prepare(cls, base: FrozenBase, public: Sequence[Sample], options: SharedOptions, seed: int) -> Public:
-        """Router gate, idf, spread of three layers; the digest of the random features is among the constants."""
-        found = prepare_context(base, public, options.false_open)
-        width = sum(len(found.arrays[f"mean.{layer}"]) for layer in found.constants["layers"]) + BAG_WIDTH
+        """Router gate, idf, spread of the layers, the learnt kernel; the random features' digest among constants."""
+        found = prepare_context(base, public, options, seed)
+        width = key_width(found)
         features = RandomFeatures(width, options.features, options.feature_seed)
         constants = {**found.constants, "width": width, "features": features.digest()}
         return Public(arrays=found.arrays, constants=constants, texts=found.texts)
 
-    def extract(self, record: Record, base: FrozenBase) -> tuple[dict[str, Array], str]:
-        return extract_states(record, base.states(record)[0], self.public)
-
-    def adjust(self, seen: Seen) -> Tensor:
-        return shifted(seen, partial(self._shift, seen))
-
     @torch.no_grad()
-    def _shift(self, seen: Seen, subject: str, place_M: Array) -> Tensor:
+    def shift(self, seen: Seen, subject: str, place_M: Array) -> Tensor:
         columns_C, weights_DC, unit = self._head(self.group_of(subject))
         features_MD = self.features()(query_keys(seen, place_M, self.public)).astype(np.float64) * unit
         shift_MV = torch.zeros(len(features_MD), seen.log_probs_BTV.shape[2])
@@ -196,7 +198,7 @@ class Shared(Zone):
         return Group({}, columns_C, Moments.zero(self.options.features, 0), nothing)
 
     def _moved(self, held: Group, rows: dict[str, Row], came: Sequence[Row], went: Sequence[Row]) -> Group:
-        columns_C = np.union1d(held.columns_C, _tokens(came))
+        columns_C = np.union1d(held.columns_C, tokens_of(came))
         moments = _onto(held.moments, held.columns_C, columns_C)
         if came:
             moments = moments + self._moments(came, columns_C)
@@ -208,7 +210,7 @@ class Shared(Zone):
 
     def _moments(self, rows: Sequence[Row], columns_C: Array) -> Moments:
         features_ND = np.concatenate([self.features()(row_keys(row, self.public)) for row in rows])
-        place_N = np.searchsorted(columns_C, _tokens(rows))
+        place_N = np.searchsorted(columns_C, tokens_of(rows))
         return Moments.of(features_ND, (place_N[:, None] == np.arange(len(columns_C))).astype(np.int8), place_N)
 
     def _solve(self, moments: Moments) -> Doubles:
@@ -261,7 +263,7 @@ class Shared(Zone):
     def _system(self, number: int) -> tuple[Array, Doubles, Doubles]:
         """Columns, gram and cross of a group's rows, in real features."""
         rows = list(self._rows(number).values())
-        columns_C, unit = np.unique(_tokens(rows)), self.features().square
+        columns_C, unit = np.unique(tokens_of(rows)), self.features().square
         moments = self._moments(rows, columns_C) if rows else Moments.zero(self.options.features, 0)
         return columns_C, moments.gram_DD * unit, moments.cross_DV * (unit**0.5 * self.options.scale)
 
@@ -308,10 +310,6 @@ class Shared(Zone):
 
 class NoiseGone(UserError):
     """The seeds of a release's noise were destroyed: nothing is wrong, and nothing can be measured."""
-
-
-def _tokens(rows: Sequence[Row]) -> Array:
-    return np.array([token for row in rows for token in row.record.ids[row.record.first :]], dtype=np.int64)
 
 
 def _onto(moments: Moments, old_C: Array, new_C: Array) -> Moments:
