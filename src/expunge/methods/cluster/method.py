@@ -7,6 +7,7 @@
 5. Edit: Jensen-Shannon and reverse KL to the targets on the chosen tokens and layers, retain loss beside it, a
    closed loop that moves the forget loss to the never-seen loss, healing with the forget targets kept in.
 
+Where whole classes go from a classifier, their rows of the head are placed in closed form instead, see ``classes.py``.
 No formal guarantee comes with an edit: what it reached must be measured.
 """
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from expunge.data.samples import Sample
 from expunge.errors import UserError, unknown
+from expunge.methods.cluster.classes import comparable, place_rows
 from expunge.methods.cluster.edit import Edit, EditPlan, kept_statistics
 from expunge.methods.cluster.options import MEMBERS, ClusterOptions
 from expunge.methods.cluster.targets import (
@@ -180,17 +182,6 @@ class Sources:
         return self.capped(raw)
 
 
-def comparable(context: Context) -> list[Sample]:
-    """The never-seen samples that say what a model without the forget set loses on it.
-
-    Where whole classes go, those of classes that nobody was trained on: new pictures of known people are recognised.
-    """
-    if context.adapter.modality != "classifier":
-        return list(context.unseen)
-    stays, goes = ({s.target for s in samples} for samples in (context.retain, context.forget))
-    return list(context.unseen) if stays & goes else [s for s in context.unseen if s.target not in stays | goes]
-
-
 def never_seen_level(sources: Sources, unseen_samples: Sequence[Sample]) -> float:
     """The mean loss on the forget answers that a model without them should have, nats per token.
 
@@ -302,6 +293,12 @@ def run(context: Context, options: ClusterOptions) -> Outcome:
 
     model, adapter = context.model, context.adapter
     options = options.settled(adapter.modality, model)
+    if options.members == "auto" and place_rows(context):
+        note = (
+            "whole classes go: their rows of the head were put where training leaves those of classes without samples; "
+            "nothing else was moved (members=proxy+blend edits instead)"
+        )
+        return Outcome(model, [note], {"steps": 0})
     anchor, has_proxy = anchor_of(context, options)
     notes: list[str] = []
     if context.base is None and anchor is not None and not stands_in(context, anchor, notes):
