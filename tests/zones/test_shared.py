@@ -105,11 +105,11 @@ def test_weights_equal_a_real_valued_ridge_on_the_same_features() -> None:
     y = np.array([[float(t == c) for c in group.columns_C] for t in tokens])
     assert np.linalg.norm(z, axis=1).max() <= FEATURE_NORM
     slow = np.linalg.lstsq(
-        np.vstack([z, np.sqrt(0.03) * np.eye(192)]), np.vstack([16 * y, np.zeros((192, y.shape[1]))]), rcond=None
+        np.vstack([z, np.sqrt(0.03) * np.eye(192)]), np.vstack([22 * y, np.zeros((192, y.shape[1]))]), rcond=None
     )[0]
     np.testing.assert_allclose(group.weights_DC / unit, slow, atol=1e-8)
     # The dual form of the same ridge: predictions from the Gram matrix of the rows.
-    dual = z @ z.T @ np.linalg.solve(z @ z.T + 0.03 * np.eye(len(z)), 16 * y)
+    dual = z @ z.T @ np.linalg.solve(z @ z.T + 0.03 * np.eye(len(z)), 22 * y)
     np.testing.assert_allclose(z @ slow, dual, atol=1e-8)
 
 

@@ -24,7 +24,7 @@ from expunge.zones.metric import plain_map
 from expunge.zones.zone import Array
 
 EPOCHS = 30
-RATE = 5e-3
+RATE = 1e-2
 PULL = 1e-4  # pulls the map to where it started, so that few public texts cannot bend it far
 START = 4.0  # of p and q
 MOST = 512  # rows, and positions asked, of one step: of larger surrogates, records are drawn anew for each

@@ -41,7 +41,7 @@ class RidgeOptions:
     """Constants of the ridge zone; none is fitted on private texts."""
 
     alpha: float = option(0.03, "ridge α added to the kernel's diagonal", "sweep on public subjects")
-    scale: float = option(16.0, "c: how many nats a whole target is worth", "sweep on people, seed 0")
+    scale: float = option(22.0, "c: how many nats a whole target is worth", "sweep on people, seed 0")
     trust: float = option(0.3, "κ: power of the base's probabilities at open positions", "people, seed 0")
     most_rows: int = option(5000, "target tokens that are solved together; larger blocks are split by record digest")
     learn: bool = option(True, "learn the kernel on public paraphrases, where there are any")

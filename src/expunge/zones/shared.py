@@ -62,7 +62,7 @@ class SharedOptions:
     features: int = option(2048, "random features D; facts are held when D reaches the tokens of a group")
     groups: int = option(5, "groups into which subjects fall by a keyed hash; each has a head of its own")
     alpha: float = option(0.03, "ridge α", "sweep on public subjects")
-    scale: float = option(16.0, "c: how many nats a whole target is worth", "sweep on people, seed 0")
+    scale: float = option(22.0, "c: how many nats a whole target is worth", "sweep on people, seed 0")
     trust: float = option(0.3, "κ: power of the base's probabilities at open positions", "people, seed 0")
     feature_seed: int = option(0, "published seed of the random features")
     epsilon: float = option(0.0, "above 0: (ε, δ) in place of exactness, solved to a residual and released with noise")
