@@ -13,7 +13,10 @@ import pytest
 from expunge.bench import audit as module
 from expunge.bench.audit import failures, parse_attacks
 from expunge.cli.main import main
+from expunge.data.samples import Sample
 from expunge.errors import UserError
+from expunge.models.load import save_model
+from expunge.models.tiny import init_classifier, init_text
 from expunge.report.audit_schema import load_audit
 
 Captured = pytest.CaptureFixture[str]
@@ -205,6 +208,20 @@ def test_classifiers(tmp_path: Path, capsys: Captured) -> None:
     assert "works on" in found.skipped["memorization"]
     drill = [json.loads(x) for x in (tmp_path / "run/drill.jsonl").read_text().splitlines()]
     assert all(row["tokens"] is None and row["answers"] == {} and row["target"].isdigit() for row in drill)
+
+
+@pytest.mark.parametrize("classes", [3, None])
+def test_models_of_another_kind_are_refused(tmp_path: Path, capsys: Captured, classes: int | None) -> None:
+    data = ("--data", "digits", "--data-option", "private=40", "--data-option", "forget=8")
+    save_model(init_classifier(10, 8, 1), tmp_path / "ten")
+    text = lambda: init_text([Sample(id="1", subject="a", target="a word or two")], "tiny")  # noqa: E731
+    save_model(text() if classes is None else init_classifier(classes, 8, 1), tmp_path / "other")
+    line = ("audit", "-m", tmp_path / "ten", "--original", tmp_path / "other", "--out", tmp_path / "run", *data)
+    assert expunge(*line) == 2
+    kind = "a text model" if classes is None else "a classifier of 3 classes"
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert f"original is {kind} and the audited model a classifier of 10 classes" in said
+    assert not (tmp_path / "run").exists()
 
 
 # -- pieces --------------------------------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from expunge.bench.study import Study, anchor
 from expunge.data.samples import Dataset, Role, Sample
 from expunge.errors import UserError, unknown
 from expunge.files import digest_file, digest_folder
+from expunge.models.adapter import Adapter
+from expunge.models.classifier import ClassifierAdapter
 from expunge.models.load import Loaded, load_model
 from expunge.options import name_and_settings
 from expunge.progress import Progress
@@ -140,6 +142,21 @@ def audit_models(
     return audit
 
 
+def check_kind(name: str, adapter: Adapter, audited: Adapter) -> None:
+    """Refuse a model whose answers cannot be compared with the audited model's.
+
+    Raises:
+        UserError: it is of another kind, or has other classes.
+    """
+
+    def kind(of: Adapter) -> str:
+        classes = f"a classifier of {of.num_classes} classes" if isinstance(of, ClassifierAdapter) else ""
+        return classes or f"a {of.modality} model"
+
+    if kind(adapter) != kind(audited):
+        raise UserError(f"{name} is {kind(adapter)} and the audited model {kind(audited)}: compare models of one kind.")
+
+
 def examination(
     run: Run, request: Request, dataset: Dataset, options: AuditOptions, loaded: Loaded, progress: Progress
 ) -> Exam:
@@ -153,6 +170,7 @@ def examination(
         if kind == "audited":
             return Checkpoint(name, kind, loaded.adapter, lambda: loaded.model, key, cache, path=folder)
         adapter = load_model(folder, **request.loading).adapter
+        check_kind(name, adapter, loaded.adapter)
         load = lambda: load_model(folder, **request.loading).model  # noqa: E731
         return Checkpoint(name, kind, adapter, load, key, cache, path=folder)
 
