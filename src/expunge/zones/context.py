@@ -219,7 +219,9 @@ def _people(made: Surrogates, base: FrozenBase, public: Public) -> list[Surrogat
 
 def _positions(records: Sequence[tuple[int, Record]], columns_V: Array, base: FrozenBase, public: Public) -> Positions:
     """Target positions of numbered records, but for tokens that no row has as its target."""
-    states, bags, numbers, targets = [], [], [], []
+    states, bags = [], []
+    numbers: list[int] = []
+    targets: list[int] = []
     for number, record in records:
         states.append(_normal(_raw(record, base.states(record)[0], public), public))
         bags.append(_bags(_lines(record), public.arrays["idf"]))

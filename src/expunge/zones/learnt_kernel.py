@@ -106,4 +106,5 @@ def kernel_of(seen: Positions, rows: Positions, map_CK: Tensor, weights_2: Tenso
     """exp(p⟨h, h'⟩ + q⟨b, b'⟩ - p - q), (M, N)."""
     keys_MK, keys_NK = (normalize(x.states_NC @ map_CK, dim=1) for x in (seen, rows))
     p, q = weights_2
-    return (p * (keys_MK @ keys_NK.T - 1) + q * (seen.bags_NH @ rows.bags_NH.T - 1)).exp()
+    near_MN: Tensor = p * (keys_MK @ keys_NK.T - 1) + q * (seen.bags_NH @ rows.bags_NH.T - 1)
+    return near_MN.exp()
