@@ -295,8 +295,8 @@ def run(context: Context, options: ClusterOptions) -> Outcome:
     options = options.settled(adapter.modality, model)
     if options.members == "auto" and place_rows(context):
         note = (
-            "whole classes go: their rows of the head were put where training leaves those of classes without samples; "
-            "nothing else was moved (members=proxy+blend edits instead)"
+            "whole classes go: their rows of the head became the mean of rows that nobody was trained on, and nothing "
+            "else moved; the features before the head still hold what was learnt (members=proxy+blend edits those too)"
         )
         return Outcome(model, [note], {"steps": 0})
     anchor, has_proxy = anchor_of(context, options)
