@@ -15,7 +15,7 @@ from expunge.bench.evaluate import Evaluation
 from expunge.bench.populations import population_metrics
 from expunge.bench.prepare import Workshop
 from expunge.data.samples import ROLES, Dataset
-from expunge.methods.registry import Method
+from expunge.methods.registry import Method, Outcome
 from expunge.models.adapter import Adapter, evaluating, num_parameters
 from expunge.record import now
 from expunge.runs import Run
@@ -55,12 +55,12 @@ def write_row(run: Run, key: str, content: dict[str, Any]) -> dict[str, Any]:
     return read_row(run, key)
 
 
-def properties(method: Method) -> dict[str, Any]:
-    """Declared properties, shown beside every score."""
+def properties(method: Method, outcome: Outcome | None = None) -> dict[str, Any]:
+    """Declared properties, shown beside every score; what is known of this very run counts, too."""
     return {
         "needs": sorted(method.needs),
         "wants": sorted(method.wants),
-        "removes_from_weights": method.removes_from_weights,
+        "removes_from_weights": method.removes_from_weights and (outcome is None or outcome.removes_from_weights),
         "helpers_hold_data": method.helpers_hold_data,
         "sequential": method.sequential,
         "changes": method.changes,

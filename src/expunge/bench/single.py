@@ -227,7 +227,7 @@ def unlearn_model(
             "kind": "method",
             "seed": request.seed,
             "position": None,
-            "properties": results.properties(entry.whole()[0]),
+            "properties": results.properties(entry.whole()[0], outcome),
             "settings": entry.settings,
             "notes": outcome.notes,
             "record": {k: v for k, v in outcome.record.items() if k != "log"},

@@ -352,6 +352,7 @@ class Study:
             return None
         if in_place and outcome.model is not model:  # a method that makes a new model; the next request starts from it
             model.load_state_dict(outcome.model.state_dict())
+        common["properties"] = results.properties(method, outcome)
         matched = method.changes in ("all", "some") and key.startswith("main/")
         if self.options.matched and matched:  # first, so that a run that is stopped between the two does both again
             self.matched_row(key, common, outcome.model, original, dataset, measured, references, start)

@@ -20,14 +20,15 @@ def chain(steps: Sequence[tuple[Method, Any]]) -> Method:
 
     def run(context: Context, _: Any) -> Outcome:
         model, notes, record, log = context.model, [], {}, []
+        removes = True
         for number, (method, options) in enumerate(steps):
             work = None if context.work is None else context.work / f"{number}-{method.name}"
             made = method.run(replace(context, model=model, work=work), options)
-            model = made.model
+            model, removes = made.model, removes and made.removes_from_weights
             notes += [f"{method.name}: {note}" for note in made.notes]
             record[f"{number + 1}-{method.name}"] = {k: v for k, v in made.record.items() if k != "log"}
             log += made.record.get("log", [])
-        return Outcome(model, notes, {**record, "log": log})
+        return Outcome(model, notes, {**record, "log": log}, removes)
 
     rules: list[Rule] = [m.sequential for m in methods]
     return Method(

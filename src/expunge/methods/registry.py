@@ -63,6 +63,7 @@ class Outcome:
     model: nn.Module
     notes: list[str] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)  # figures of the method itself: goes into run.json
+    removes_from_weights: bool = True  # False where this run left the data in the weights, whatever the method declares
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from tests.matrix.worlds import World, pictures, world
 from torch import nn
 
+from expunge.bench.results import properties
 from expunge.methods.cluster.classes import comparable, place_rows
 from expunge.methods.registry import Context, Outcome, get_method
 from expunge.methods.scope import held
@@ -56,6 +57,9 @@ def test_the_row_is_the_mean_of_the_rows_without_samples() -> None:
     changed = {n for n, p in outcome.model.state_dict().items() if not torch.equal(p, before[n])}
     assert len(changed) == 2, "everything else stays bit for bit"
     assert outcome.record["steps"] == 0 and any("whole classes go" in note for note in outcome.notes)
+    # The features still hold what was learnt, and the record of the run must say so.
+    assert not properties(get_method("cluster"), outcome)["removes_from_weights"]
+    assert properties(get_method("cluster"), Outcome(outcome.model))["removes_from_weights"]
 
 
 def test_it_ends_where_retraining_does() -> None:

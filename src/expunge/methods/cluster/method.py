@@ -298,7 +298,7 @@ def run(context: Context, options: ClusterOptions) -> Outcome:
             "whole classes go: their rows of the head became the mean of rows that nobody was trained on, and nothing "
             "else moved; the features before the head still hold what was learnt (members=proxy+blend edits those too)"
         )
-        return Outcome(model, [note], {"steps": 0})
+        return Outcome(model, [note], {"steps": 0}, removes_from_weights=False)
     anchor, has_proxy = anchor_of(context, options)
     notes: list[str] = []
     if context.base is None and anchor is not None and not stands_in(context, anchor, notes):
