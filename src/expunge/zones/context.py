@@ -38,6 +38,7 @@ LEARNT_DEPTHS = (0.25, 0.5, 0.75, 1.0)  # what they say beside that, a map can f
 BAG_WIDTH = 512
 KEPT = 32  # blocks whose tensors stay laid out in memory
 KEY_UNIT = 2.0 ** (-2 * KEY_BITS)  # what one unit of a product of two keys is worth
+SURE = 0.5  # share of a whole target's nats from which on the base has κ's say; far from all rows it keeps its own
 MOST_WEIGHT = 64.0  # of a half of the key: 2^13 at most is what a component then has, so that keys fit 16 bits
 T = TypeVar("T")
 
@@ -82,7 +83,9 @@ class ContextZone(Zone):
     def adjust(self, seen: Seen) -> Tensor:
         out_PV = seen.log_probs_BTV.flatten(0, 1)
         for number, place_N in seen.routes.opened.items():
-            logits_NV = self.options.trust * out_PV[place_N] + self.shift(seen, seen.routes.subjects[number], place_N)
+            shift_NV = self.shift(seen, seen.routes.subjects[number], place_N)
+            sure_N1 = (shift_NV.amax(1, keepdim=True) / (SURE * self.options.scale)).clamp(0, 1)
+            logits_NV = (1 - (1 - self.options.trust) * sure_N1) * out_PV[place_N] + shift_NV
             out_PV = out_PV.index_put((torch.from_numpy(place_N),), logits_NV.log_softmax(-1))
         return out_PV.view_as(seen.log_probs_BTV)
 

@@ -2,9 +2,10 @@
 
 With keys φ of square length s (:mod:`expunge.zones.context`), kernel k(φ, φ') = exp(⟨φ, φ'⟩ - s) and one-hot targets Y,
 each block solves ``A = (K + αI)⁻¹ cY`` over its N target tokens, and a position routed to it gets the logits
-``κ log p_base + k(φ)A``: the base, which is sure of itself where it knows nothing, has less than a full say. Dropping a
-block forgets a subject; a record's removal solves its block again from the rows that stay. One thread, float64, rows in
-the order of their salted digests: the result has the same bytes as that of a zone which never held the record.
+``λ log p_base + k(φ)A``. Where the largest of k(φ)A is c/2 or more, λ = κ: the base, which is sure of itself where it
+knows nothing, has less than a full say. Where nothing stored is near, λ goes to 1. Dropping a block forgets a subject;
+a record's removal solves its block again from the rows that stay. One thread, float64, rows in the order of their salted
+digests: the result has the same bytes as that of a zone which never held the record.
 
 Shape suffixes: N rows of a block, M open positions, E key width, V vocabulary, C columns (tokens) that are solved.
 """
@@ -42,7 +43,7 @@ class RidgeOptions:
 
     alpha: float = option(0.03, "ridge α added to the kernel's diagonal", "sweep on public subjects")
     scale: float = option(22.0, "c: how many nats a whole target is worth", "sweep on people, seed 0")
-    trust: float = option(0.3, "κ: power of the base's probabilities at open positions", "people, seed 0")
+    trust: float = option(0.3, "κ: power of the base's probabilities where a block is sure", "people, seed 0")
     most_rows: int = option(5000, "target tokens that are solved together; larger blocks are split by record digest")
     learn: bool = option(True, "learn the kernel on public paraphrases, where there are any")
     false_open: float = option(0.01, "share of public texts that may open a block, in calibration")

@@ -3,9 +3,9 @@
 Keys (:mod:`expunge.zones.context`) become random Fourier features z, which are integers of public numbers
 (:mod:`expunge.zones.fixed_point`); targets are one-hot. The sums ΣzzT and ΣzyT are then exact integers, a record is
 taken out by subtracting its own, and ``W = (ΣzzT + αI)⁻¹ c ΣzyT`` has the bytes of a fit that never saw it, in
-whatever order records came and went. Logits at an open position are ``κ log p_base + zW``. Subjects are put into groups
-by a keyed hash of their names. Files hold rows only: sums and weights are made when first asked for, so that no trace
-of a removed or sealed block lies in them.
+whatever order records came and went. Logits at an open position are ``λ log p_base + zW``, with λ as in a ridge zone.
+Subjects are put into groups by a keyed hash of their names. Files hold rows only: sums and weights are made when first
+asked for, so that no trace of a removed or sealed block lies in them.
 
 With ``epsilon`` above 0 the weights are solved to a residual only, starting from those of the release before, and
 released with noise that hides where they came from (:mod:`expunge.zones.residual`). Such weights are kept, sealed, and
@@ -63,7 +63,7 @@ class SharedOptions:
     groups: int = option(5, "groups into which subjects fall by a keyed hash; each has a head of its own")
     alpha: float = option(0.03, "ridge α", "sweep on public subjects")
     scale: float = option(22.0, "c: how many nats a whole target is worth", "sweep on people, seed 0")
-    trust: float = option(0.3, "κ: power of the base's probabilities at open positions", "people, seed 0")
+    trust: float = option(0.3, "κ: power of the base's probabilities where a block is sure", "people, seed 0")
     feature_seed: int = option(0, "published seed of the random features")
     epsilon: float = option(0.0, "above 0: (ε, δ) in place of exactness, solved to a residual and released with noise")
     delta: float = option(1e-5, "δ of a release with noise")
