@@ -4,7 +4,7 @@ With keys φ of square length s (:mod:`expunge.zones.context`), kernel k(φ, φ'
 each block solves ``A = (K + αI)⁻¹ cY`` over its N target tokens, and a position routed to it gets the logits
 ``λ log p_base + k(φ)A``. Where the largest of k(φ)A is c/2 or more, λ = κ: the base, which is sure of itself where it
 knows nothing, has less than a full say. Where nothing stored is near, λ goes to 1. Dropping a block forgets a subject;
-a record's removal solves its block again from the rows that stay. One thread, float64, rows in the order of their salted
+a record's removal solves its block again from the rows that stay. One thread, float64, rows in the order of salted
 digests: the result has the same bytes as that of a zone which never held the record.
 
 Shape suffixes: N rows of a block, M open positions, E key width, V vocabulary, C columns (tokens) that are solved.
