@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from expunge.api import Result, audit, bench, train, unlearn
+    from expunge.api import audit, bench, train, unlearn
+    from expunge.opening import Result
     from expunge.showcase import demo
 
 __version__ = "0.1.0"
@@ -17,7 +18,7 @@ __all__ = ["Result", "audit", "bench", "demo", "train", "unlearn"]
 
 def __getattr__(name: str) -> Any:
     if name in __all__:  # imported at first use: the command line's help must not wait for torch
-        from expunge import api, showcase
+        from expunge import api, opening, showcase
 
-        return getattr(showcase if name == "demo" else api, name)
+        return getattr({"demo": showcase, "Result": opening}.get(name, api), name)
     raise AttributeError(f"module 'expunge' has no attribute '{name}'")

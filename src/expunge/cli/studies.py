@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from expunge.cli.common import emit
 
 if TYPE_CHECKING:
-    from expunge.api import Result
+    from expunge.opening import Result
 
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}  # torch's names of them
 
