@@ -214,5 +214,5 @@ def test_a_preset_may_name_the_kind_of_model_and_must_fit_the_data() -> None:
     assert initialised(faces, "tiny", 0).model.config.model_type == "resnet"
     assert initialised(captions, "qwen2vl", 0).model.config.model_type == "qwen2_vl"
     check_preset("qwen2vl", "multimodal")
-    with pytest.raises(UserError, match="preset llava is not for classifier data: allowed are .*resnet"):
+    with pytest.raises(UserError, match=r"preset llava is not for classifier data: allowed are .*resnet"):
         check_preset("llava", "classifier")
