@@ -102,14 +102,35 @@ def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "all").exists()
 
 
-def test_one_method_twice_from_the_same_original_is_refused(tmp_path: Path) -> None:
+def changed(folder: Path, method: str) -> Path:
+    content = read(folder)
+    next(r for r in content["rows"] if r["method"] == method)["metrics"][NAME]["value"] += 0.1
+    (folder / "results.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_one_method_with_other_settings_from_the_same_original_is_a_row_of_its_own(tmp_path: Path) -> None:
     """Its other rows are the same models: as a repetition they would count twice."""
-    one, other = run(tmp_path / "a"), run(tmp_path / "b")
-    content = read(other)
-    next(r for r in content["rows"] if r["method"] == "npo")["metrics"][NAME]["value"] += 0.1
-    (other / "results.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match="npo/0 was measured twice from one original"):
-        merge_runs([one, other], tmp_path / "all")
+    folders = [run(tmp_path / "x" / "a"), *(changed(run(tmp_path / k / "b"), "npo") for k in ("x", "y"))]
+    content = read(folders[2])
+    next(r for r in content["rows"] if r["method"] == "npo")["metrics"][NAME]["value"] += 0.2
+    (folders[2] / "results.json").write_text(json.dumps(content))
+    out = merge_runs(folders, tmp_path / "all")
+    merged = read(out)
+    names = {s["method"]: s for s in merged["summary"]}
+    again = [f"npo of {folder}" for folder in folders[1:]]  # two folders of one name: the whole path tells them apart
+    assert {"npo", *again} <= set(names) and len(names) == len({s["method"] for s in read(folders[0])["summary"]}) + 2
+    values = [names[n]["metrics"][NAME]["value"] for n in ("npo", *again)]
+    assert np.diff(values) == pytest.approx([0.1, 0.2])
+    assert not any("repetition" in w for w in merged["warnings"])
+    lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert {line["method"] for line in lines if line["model"].endswith(again[1])} <= {again[1]}
+
+
+def test_one_original_beside_differing_references_is_refused(tmp_path: Path) -> None:
+    folders = [run(tmp_path / "a"), changed(run(tmp_path / "b"), "reference")]
+    with pytest.raises(UserError, match="measured twice beside one original, differently"):
+        merge_runs(folders, tmp_path / "all")
 
 
 def test_other_samples_of_the_same_data_set_are_said(tmp_path: Path) -> None:

@@ -104,8 +104,7 @@ def command(
       expunge unlearn --model ./my-model --forget forget.jsonl --retain retain.jsonl --out runs/erase-17
       expunge unlearn -m ./my-model --base ./before --forget f.jsonl --retain r.jsonl --holdout h.jsonl -o runs/e18
       expunge unlearn -m ./my-model --forget f.jsonl --retain r.jsonl --method npo --set beta=0.05 -o runs/npo
-      expunge unlearn -m ./my-model --forget f.jsonl --retain r.jsonl --method npo --scope layers \
-        --set scope.names="*.mlp.*" --then task-vector -o runs/npo-mlp
+      expunge unlearn -m ./my-model --forget f.jsonl --retain r.jsonl --method npo --then task-vector -o runs/npo-2
     """
     from expunge.api import unlearn
 

@@ -244,7 +244,14 @@ def _adapter(base: ModelFolder, folder: ModelFolder, model: nn.Module, template:
 
 
 def _llava(config: Any, _: Mapping[int, str], files: Mapping[str, Any], common: dict[str, Any]) -> LlavaAdapter:
-    size = int(config.vision_config.image_size)
+    size, last = int(config.vision_config.image_size), int(config.vision_config.num_hidden_layers)
+    layers = config.vision_feature_layer
+    for layer in layers if isinstance(layers, list) else [layers]:
+        if not -last - 1 <= layer <= last:
+            raise UserError(
+                f"config.json takes image features from layer {layer} (vision_feature_layer): allowed are {-last - 1} to "
+                f"{last}, the vision tower has {last} layers."
+            )
     preprocess = Preprocess.read(_image_processor(files), size=size, channels=int(config.vision_config.num_channels))
     if (preprocess.height, preprocess.width) != (size, size):
         raise UserError(

@@ -1,12 +1,14 @@
 """Several runs as one: their rows side by side, means and intervals over all of their seeds.
 
 A run that measured the very models of an earlier one (another set of methods, the same originals) adds its own rows
-alone. Any other run is a repetition: its seeds are counted on, so that nothing is averaged with its namesake by chance.
+alone, and a method that it ran with other settings is named after the run. Any other run is a repetition: its seeds are
+counted on, so that nothing is averaged with its namesake by chance.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ def merge_runs(folders: Sequence[Path], out: Path) -> Path:
 
     Raises:
         UserError: fewer than two runs, the same one twice, runs of different data sets or modalities, an ``out`` that
-            is a run of its own, or one method twice from the same original with other numbers.
+            is a run of its own, or one original beside differing references.
     """
     from expunge.bench.results import summaries
 
@@ -88,40 +90,46 @@ def _key(row: Row) -> Key:
 
 
 def _joined(folders: Sequence[Path], contents: Sequence[dict[str, Any]]) -> tuple[list[Row], list[Row], list[str]]:
-    """(rows, sample lines, notes): models of a repetition are renamed, in the curves too."""
+    """(rows, sample lines, notes): what a later run measured otherwise is renamed, in the curves too.
+
+    Raises:
+        UserError: an original is the same, and a model beside it that no method made is not.
+    """
     rows: list[Row] = []
     lines: list[Row] = []
     notes: list[str] = []
     taken: dict[Key, Row] = {}
+    short = Counter(folder.resolve().name for folder in folders)
+    names = {f: f.resolve().name if short[f.resolve().name] == 1 else str(f) for f in folders}
     for folder, content in zip(folders, contents, strict=True):
         own: list[Row] = content["rows"]
         again = [row for row in own if _key(row) in taken]
         differ = [row for row in again if row["metrics"] != taken[_key(row)]["metrics"]]
-        clash = bool(differ)
-        if clash and any(row["kind"] == "original" and row not in differ for row in again):
+        same = any(row["kind"] == "original" and row not in differ for row in again)
+        if same and (lost := [row for row in differ if row["kind"] != "method"]):
             raise UserError(
-                f"{differ[0]['model']} was measured twice from one original, differently in '{folder}': leave one "
-                "of the runs out, or name the settings in the --methods of one bench, so that they are two rows."
+                f"{lost[0]['model']} was measured twice beside one original, differently in '{folder}': leave one of "
+                "the runs out."
             )
+        clash = bool(differ) and not same
         step = 1 + max((key[-1] for key in taken if key[-1] is not None), default=-1) if clash else 0
         fresh: dict[str, Row] = {}
         for row in own:
-            seed = None if row.get("seed") is None else row["seed"] + step
-            name = row["model"] if not clash else f"{row['model']} of {folder.resolve().name}"
-            moved = {**row, "seed": seed, "model": name}
+            moved = {**row, "seed": None if row.get("seed") is None else row["seed"] + step}
+            if clash or row in differ:
+                moved["model"] = f"{row['model']} of {names[folder]}"
+            if row in differ and same:  # other settings, from the same original: a row of its own
+                moved["method"] = f"{row['method']} of {names[folder]}"
             if _key(moved) not in taken:
                 fresh[row["model"]] = taken[_key(moved)] = moved
         rows += fresh.values()
-        renamed = {old: row["model"] for old, row in fresh.items()}
-        content["curves"] = list(_renamed(content.get("curves", ()), renamed))
+        content["curves"] = list(_renamed(content.get("curves", ()), {old: r["model"] for old, r in fresh.items()}))
         record = load_samples(folder)
-        lines += [
-            {**line, "seed": fresh[str(line["model"])]["seed"]} | {"model": renamed[str(line["model"])]}
-            for line in record.rows
-            if str(line.get("model")) in renamed
-        ]
+        for line in record.rows:
+            if (row := fresh.get(str(line.get("model")))) is not None:
+                lines.append({**line, **{key: row[key] for key in ("model", "method", "seed")}})
         if clash:
-            notes.append(f"{folder.resolve().name} is a repetition: its seeds are counted from {step} on.")
+            notes.append(f"{names[folder]} is a repetition: its seeds are counted from {step} on.")
     return rows, lines, notes
 
 
