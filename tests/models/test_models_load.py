@@ -402,8 +402,8 @@ def test_classifier_without_its_preprocessing_is_refused(tmp_path: Path) -> None
         load_model(tmp_path / "c")
 
 
-@pytest.mark.parametrize("layer", [-4, 3, [-1, 7]])
-def test_image_features_come_from_a_layer_that_exists(tmp_path: Path, layer: Any) -> None:
+@pytest.mark.parametrize("layer", [-4, 3])
+def test_image_features_come_from_a_layer_that_exists(tmp_path: Path, layer: int) -> None:
     save_model(init_llava(FACES, 1), tmp_path)
     edit(tmp_path / "config.json", vision_feature_layer=layer)
     with pytest.raises(UserError, match=r"vision_feature_layer\): allowed are -3 to 2, the vision tower has 2 layers"):

@@ -249,8 +249,8 @@ def _llava(config: Any, _: Mapping[int, str], files: Mapping[str, Any], common: 
     for layer in layers if isinstance(layers, list) else [layers]:
         if not -last - 1 <= layer <= last:
             raise UserError(
-                f"config.json takes image features from layer {layer} (vision_feature_layer): allowed are {-last - 1} to "
-                f"{last}, the vision tower has {last} layers."
+                f"config.json takes image features from layer {layer} (vision_feature_layer): allowed are {-last - 1} "
+                f"to {last}, the vision tower has {last} layers."
             )
     preprocess = Preprocess.read(_image_processor(files), size=size, channels=int(config.vision_config.num_channels))
     if (preprocess.height, preprocess.width) != (size, size):
