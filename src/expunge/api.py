@@ -44,6 +44,7 @@ from expunge.opening import Result, Text, check_models, finished, numbered, open
 from expunge.options import configure
 from expunge.runs import read_config
 from expunge.training.loop import TrainOptions
+from expunge.training.private import PrivateOptions
 
 completeness = _completeness.completeness
 certify, verify, keygen = _issue.certify, _verify.verify, _signing.keygen
@@ -247,6 +248,7 @@ def train(
     roles: Sequence[Role] = ("forget", "retain"),
     zone: str | None = None,
     set: Mapping[str, Any] | None = None,
+    private: Mapping[str, Any] | None = None,
     optimizer: str = "adamw",
     epochs: float | None = None,
     batch_size: int | None = None,
@@ -285,6 +287,13 @@ def train(
     )
     given = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "optimizer": optimizer}
     values = {k: v for k, v in given.items() if v is not None}
+    hidden = None if private is None else configure(PrivateOptions, private, "option of --private")
+    if hidden is not None and (zone is not None or values != {"optimizer": "adamw"}):
+        raise UserError(
+            "--private has steps and a learning rate of its own: write them into it, e.g. --private "
+            "epsilon=8,steps=100,learning_rate=1, and leave --zone, --epochs, --batch-size, --learning-rate and "
+            "--optimizer out."
+        )
     values |= {"precision": "bf16"} if request.half else {}
     options = configure(TrainOptions, values, "option of train")
     dataset = request.dataset()
@@ -301,6 +310,8 @@ def train(
     config = {"model": start, "init": init, "roles": list(roles), "training": values, **request.config()}
     if zone is not None:
         config |= {"zone": zone, "set": dict(set or {})}
+    if hidden is not None:
+        config |= {"private": asdict(hidden)}
     if dry_run:
         return Result(Path(out), plan={"config": config, "estimate": estimate})
     with open_run(out, "train", config, dataset, {"model": model}, [seed]) as run:
@@ -309,7 +320,10 @@ def train(
                 run, request, dataset, zone, set or {}, model=str(model), roles=roles, progress=shown(quiet, run)
             )
         elif not run.done:
-            train_model(run, request, dataset, options, model=start, init=init, roles=roles, progress=shown(quiet, run))
+            train_model(
+                run, request, dataset, options, model=start, init=init, roles=roles, private=hidden,
+                progress=shown(quiet, run),
+            )  # fmt: skip
         return Result(run.folder, run.folder / "model", None, run.read_json("results.json"))
 
 

@@ -72,6 +72,9 @@ SPOILED: list[tuple[str, Callable[[], Evidence], tuple[str, ...]]] = [
     ("base-saw-records", lambda: zone(provenance=CLEAR.model_copy(update={"finding": "saw"})), FORMAL),
     ("near-duplicates", lambda: zone(duplicates=SEARCH.model_copy(update={"pairs": 5, "open": 5})), FORMAL),
     ("not-converged", lambda: zone(residual=residual(residual=6.8e-4)), ("L1",)),
+    ("other-bytes", lambda: private(replayed=A), ("L1",)),
+    ("other-bytes", lambda: reset(replayed=A), ("L1",)),
+    ("other-artefact", lambda: private(artefact=A, replayed=A), ("L1",)),
     ("hidden-only", lambda: edit(removes_from_weights=False), ("L5",)),
 ]
 
@@ -87,12 +90,32 @@ def test_each_mistake_is_refuted_where_it_touches(
     assert "certified" not in {found[level] for level in levels}
 
 
+def repeated(section: PrivateTraining) -> PrivateTraining:
+    return section.model_copy(update={"replayed": section.artefact})
+
+
 def zone_unfinished() -> Evidence:
     return replace(zone(), finished=False)
 
 
 RESET = Reset(artefact=residual().artefact, radius=1.0, clip=0.5, learning_rate=0.1, decay=1.0, steps=400, noise=2.0)
 TRAINED = PrivateTraining(artefact=residual().artefact, mu=0.1, group=2, clipped=True)
+
+
+def private(**changes: Any) -> Evidence:
+    """A privately trained model that was trained again with the same bytes: L1 stands, on the original itself."""
+    given = {"artefact": B, "replayed": B, "mu": 0.1, "group": 2, "hides": 3, "clipped": True}
+    section = PrivateTraining(**(given | changes))  # type: ignore[arg-type]
+    sections = Sections(private_training=section, provenance=CLEAR, duplicates=SEARCH)
+    return Evidence(kind="private", method="private", before=B, after=B, sections=sections)
+
+
+def reset(**changes: Any) -> Evidence:
+    section = RESET.model_copy(update={"artefact": B, "replayed": B} | changes)
+    sections = Sections(reset=section, provenance=CLEAR, duplicates=SEARCH)
+    return Evidence(kind="reset", method="reset", before=A, after=B, sections=sections)
+
+
 DOUBTFUL: list[tuple[str, Callable[[], Evidence], tuple[str, ...]]] = [
     ("unfinished", lambda: edit(finished=False), LEVELS),
     ("unfinished", zone_unfinished, LEVELS),
@@ -107,6 +130,12 @@ DOUBTFUL: list[tuple[str, Callable[[], Evidence], tuple[str, ...]]] = [
     ("unfit-split", lambda: edit(split_unfit=True), ("L4",)),
     ("brought-in", lambda: zone(residual=None, reset=RESET), ("L1",)),
     ("brought-in", lambda: zone(residual=None, private_training=TRAINED), ("L1",)),
+    ("brought-in", lambda: zone(residual=None, private_training=repeated(TRAINED)), ("L1",)),
+    ("brought-in", lambda: private(replayed=None), FORMAL),
+    ("brought-in", lambda: reset(replayed=None), FORMAL),
+    ("brought-in", lambda: replace(private(), kind="reset", before=A), FORMAL),
+    ("brought-in", lambda: replace(reset(), kind="private"), FORMAL),
+    ("brought-in", lambda: replace(zone(), kind="private"), FORMAL),
 ]
 
 
@@ -115,6 +144,32 @@ def test_each_gap_leaves_the_claim_open(name: str, build: Callable[[], Evidence]
     evidence = build()
     found = verdicts(evidence)
     assert name in names(evidence) and {found[level] for level in levels} == {"unsupported"}
+
+
+def test_what_was_made_with_noise_and_made_again_gets_l1_and_never_l0() -> None:
+    for evidence in (private(), reset()):
+        found = verdicts(evidence)
+        assert found["L1"] == "certified" and found["L0"] == "unsupported" and names(evidence) == {"utility-unknown"}
+        exact = evidence.sections.model_copy(update={"removal": removal(after=B, rebuilt=B)})
+        assert verdicts(replace(evidence, sections=exact))["L0"] == "unsupported"
+    assert "nothing was removed, noise on clipped gradients hid them from the start" in assess(private())[1].said()
+    assert "noise drowned what was learnt" in assess(reset())[1].said()
+    few = assess(private(group=4))[1]
+    assert few.judged().verdict == "unsupported" and "promised to hide 3 record(s), and 4 are" in few.said()
+
+
+def test_the_same_figures_are_nothing_for_an_edit() -> None:
+    for kind in ("edit", "unknown"):
+        for evidence in (private(), reset()):
+            found = verdicts(replace(evidence, kind=kind, before=A))
+            assert {found["L0"], found["L1"]} == {"unsupported"}
+
+
+def test_a_private_original_is_not_held_against_itself() -> None:
+    """The distance from an original to itself is 0 whatever was learnt; one to another original still counts."""
+    near = replace(private(), losses=Losses(0.1, 0.1, 0.0, (2.0,)))
+    assert names(near) == {"utility-unknown"} and verdicts(near)["L1"] == "certified"
+    assert "under-unlearned" in names(replace(near, before=A))
 
 
 def test_every_rule_is_covered_here() -> None:

@@ -10,10 +10,10 @@ from scipy import stats
 from scipy.special import softmax
 
 from expunge.errors import UserError
+from expunge.noise import gaussian_noise
 from expunge.privacy_accounting import gaussian_mu
 from expunge.zones.residual import (
     ResidualCertificate,
-    gaussian_noise,
     residual_certificate,
     ridge_residual,
     ridge_rounding,

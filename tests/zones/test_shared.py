@@ -14,13 +14,13 @@ import torch
 from expunge.data.samples import Sample
 from expunge.errors import UserError
 from expunge.models.load import Loaded, load_model, save_model
+from expunge.noise import NoiseGone, gaussian_noise
 from expunge.privacy_accounting import gaussian_mu
 from expunge.signals.forward import collect
 from expunge.zones.context import row_keys
 from expunge.zones.linear_algebra import solve_within
 from expunge.zones.model import ZonedModel
-from expunge.zones.residual import gaussian_noise
-from expunge.zones.shared import FEATURE_NORM, NoiseGone, Shared, SharedOptions
+from expunge.zones.shared import FEATURE_NORM, Shared, SharedOptions
 from expunge.zones.storage import destroy_key, key_file, noise_file
 from tiny_text import tiny_adapter
 from tiny_zone import base, frozen, probabilities, world, zone_over

@@ -13,6 +13,7 @@ from pathlib import Path
 from expunge.certify.exact import manifest_of_zone
 from expunge.certify.provenance import (
     Manifest,
+    Mechanism,
     Part,
     describe,
     lineage_of,
@@ -29,7 +30,7 @@ from expunge.zones.zone import Zone
 
 def record_training(
     run: Run, folder: Path, samples: Sequence[Sample], roles: Sequence[Role], *, start: str | None,
-    texts: Sequence[Sample] = (), zone: Zone | None = None,
+    texts: Sequence[Sample] = (), zone: Zone | None = None, mechanism: Mechanism | None = None,
 ) -> Path:  # fmt: skip
     """Write ``provenance.json`` into the run: what the model in ``folder`` was trained on and made from.
 
@@ -37,6 +38,7 @@ def record_training(
         start: folder or hub name that the training went on from; None for random weights, whose tokenizer was fitted
             on ``texts``.
         zone: what was put over the frozen ``start``.
+        mechanism: what hid the samples in a private training.
     """
     below = [] if start is None else lineage_of(Path(start))
     base = None if start is None else _named(start)
@@ -51,7 +53,7 @@ def record_training(
         if start is None and (tokenizer := tokenizer_digest(folder)) is not None:
             known = tuple(sorted({salted(s.digest(), own.salt) for s in texts}))
             parts["tokenizer"] = Part(digest=tokenizer, fitted_on=known, source="texts of the run")
-        own = own.model_copy(update={"parts": parts})
+        own = own.model_copy(update={"parts": parts, "mechanism": mechanism})
     return save_manifest(own.model_copy(update={"ancestors": tuple(below)}), run.folder)
 
 

@@ -19,6 +19,7 @@ from expunge.bench.plan import Entry, StudyOptions
 from expunge.bench.prepare import Workshop, initialised
 from expunge.bench.provenance import record_training
 from expunge.bench.study import Study, anchor
+from expunge.certify.provenance import Mechanism
 from expunge.data.deletion import by_wishes
 from expunge.data.files import load_files, read_samples
 from expunge.data.registry import load_dataset
@@ -29,10 +30,12 @@ from expunge.models.adapter import Adapter
 from expunge.models.load import Loaded, dtype_of, load_model, save_model
 from expunge.models.lora import LoraOptions
 from expunge.models.memory import check_resources, estimate
+from expunge.noise import kept_seed
 from expunge.options import configure
 from expunge.progress import Progress
 from expunge.runs import Run
 from expunge.training.loop import TrainOptions, fit
+from expunge.training.private import NOISE, PrivateOptions, train_private
 
 TRAINING = "expunge.training/1"  # schema of results.json of a training
 
@@ -143,34 +146,53 @@ def train_model(
     model: str | None,
     init: str | None,
     roles: Sequence[Role] = ("forget", "retain"),
+    private: PrivateOptions | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Train a model, or a new small one, on the samples of some roles; the folder of the trained model."""
+    """Train a model, or a new small one, on the samples of some roles; the folder of the trained model.
+
+    With ``private`` by noisy gradients (:mod:`expunge.training.private`) in place of ``options``.
+    """
     progress = progress or Progress(event=run.event)
     check_roles(dataset, roles)
     samples: list[Sample] = [s for role in roles for s in dataset[role]]
-    if (model is None) == (init is None):
-        raise UserError("name what to train: --model FOLDER, or --init tiny for a new small model.")
-    if model is not None:
-        loaded = load_model(model, **request.training, lora=request.lora_options(), seed=request.seed)
-    else:
-        assert init is not None
-        loaded = initialised(dataset, init, request.seed)
+    loaded, mechanism, figures = start_of(request, dataset, model, init), None, {}
     with measure(loaded.adapter, loaded.model) as cost:
-        log = fit(
-            loaded.model, loaded.adapter, samples, options, seed=request.seed, work=run.folder / "work",
-            progress=progress, name="train",
-        )  # fmt: skip
+        if private is None:
+            log = fit(
+                loaded.model, loaded.adapter, samples, options, seed=request.seed, work=run.folder / "work",
+                progress=progress, name="train",
+            )  # fmt: skip
+            figures = {"first_loss": log.steps[0]["nll"], "last_loss": log.last("nll"), "steps": len(log.steps)}
+        else:
+            seed = kept_seed(run.folder / NOISE)
+            losses = train_private(loaded.model, loaded.adapter, samples, private, seed, progress)
+            progress.say(f"the seed of the noise is in {run.folder / NOISE}: keep it apart from the model")
+            mechanism = Mechanism(noise=private.multiplier, **dataclasses.asdict(private))
+            figures = {"first_loss": losses[0], "last_loss": losses[-1], "steps": len(losses), "noise": mechanism.noise}
     say_truncated(run, loaded.adapter, progress)
     loaded.model = request.served(loaded.model)
     folder = save_model(loaded, run.folder / "model")
-    figures = {"first_loss": log.steps[0]["nll"], "last_loss": log.last("nll"), "steps": len(log.steps)}
     texts = [s for role in ("utility", "retain") for s in dataset[role]]
-    record_training(run, folder, samples, roles, start=model, texts=texts)
+    record_training(run, folder, samples, roles, start=model, texts=texts, mechanism=mechanism)
     run.write_json("results.json", {"schema": TRAINING, **figures, "cost": cost.record(), "roles": roles})
     outputs = {"model": digest_folder(folder)}
     run.finish(flops=cost.flops, parameters_changed=cost.parameters_changed, figures=figures, outputs=outputs)
     return folder
+
+
+def start_of(request: Request, dataset: Dataset, model: str | None, init: str | None) -> Loaded:
+    """The model that a training starts from, as it is trained.
+
+    Raises:
+        UserError: neither or both of ``model`` and ``init``.
+    """
+    if (model is None) == (init is None):
+        raise UserError("name what to train: --model FOLDER, or --init tiny for a new small model.")
+    if model is not None:
+        return load_model(model, **request.training, lora=request.lora_options(), seed=request.seed)
+    assert init is not None
+    return initialised(dataset, init, request.seed)
 
 
 def unlearn_model(

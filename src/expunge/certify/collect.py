@@ -4,6 +4,7 @@
 * of a zone the removal: the zone from before, the zone after, one built again from the records that stay, every row
   extracted again; of one that is released with noise the gradient norms in place of the second zone; and the chain of
   manifests of what it was made from;
+* of a private training, or a reset, the same model made once more from the same data and seeds;
 * of an edit how far what stays has moved, by forward-mode Fisher beside the direct divergence;
 * where canaries were put in by coins, guesses about them.
 
@@ -21,6 +22,7 @@ from expunge.certify.evidence import rows
 from expunge.certify.exact import manifest_of_zone, of_residual, of_zone, seen_before
 from expunge.certify.fisher import collateral
 from expunge.certify.guesses import guesses_of
+from expunge.certify.noisy import hidden_by, of_private
 from expunge.certify.provenance import Manifest, lineage_of, never_saw, normalised_digest
 from expunge.certify.sections import Change, DuplicateSearch, Section, add_section
 from expunge.data.canary_coins import DATASET as COINS
@@ -70,7 +72,10 @@ def collect(
     _list(search, folder)
     found: dict[str, Any] = {"duplicates": DuplicateSearch.model_validate(search.record())}
     place = place_of(folder)
-    if place.method.startswith("zone-") and place.original is not None:
+    trained = hidden_by(place.model)
+    if trained is not None:
+        found |= of_private(place.model, trained, dataset["forget"])
+    elif place.method.startswith("zone-") and place.original is not None:
         found |= _of_zone(place, place.original, dataset, {kept for _, kept in search.handled})
     elif place.original is not None and (change := _moved(place, place.original, dataset)) is not None:
         found["change"] = change

@@ -53,10 +53,17 @@ class RunFacts:
         return self.record.digests["output.model" if self.record.command == "unlearn" else "model"]
 
     @property
+    def private(self) -> bool:
+        """Whether the model came out of a private training, and was not touched since."""
+        return self.made is not None and self.made.record.command == "train"
+
+    @property
     def original(self) -> str | None:
         """Digest of the model before unlearning."""
         if self.record.command == "audit" and "original" in self.record.digests:
             return self.record.digests["original"]
+        if self.private:
+            return self.recorded
         return None if self.made is None else self.made.record.digests.get("model")
 
 
@@ -129,13 +136,16 @@ def read_run(folder: Path | str, model: Path | str | None = None) -> RunFacts:
 
 
 def _made(model: Path, digest: str) -> Made | None:
-    """The unlearning run around an audited model, if that run says that it wrote these very files."""
+    """The unlearning or private training around an audited model, if that run says that it wrote these very files."""
     folder = model.resolve().parent
     try:
         record = read_record(folder)
-        if record.command == "unlearn" and record.digests.get("output.model") == digest:
-            measured = (folder / "results.json").is_file()
-            return Made(record, read_config(folder), _results(folder) if measured else {})
+        if record.digests.get("output.model") == digest:
+            config = read_config(folder)
+            if record.command == "unlearn":
+                return Made(record, config, _results(folder) if (folder / "results.json").is_file() else {})
+            if record.command == "train" and config.get("private"):
+                return Made(record, config, {})
     except UserError:  # a model from elsewhere
         pass
     return None
@@ -178,11 +188,12 @@ def method(facts: RunFacts, keys: Keys) -> dict[str, Any]:
         name, kind, helpers, record = None, "unknown", None, facts.record
     else:
         record = made.record
-        full = str(made.config.get("method", ""))
+        full = "private" if facts.private else str(made.config.get("method", ""))
         name = named(full.rpartition(".py:")[2] if ".py:" in full else full)  # of a method in a file, not its path
         row: Mapping[str, Any] = next((r for r in made.results.get("rows", []) if r.get("kind") == "method"), {})
         helpers = row.get("properties", {}).get("helpers_hold_data")
-        kind = "zone" if (name or "").startswith("zone") else "retrain" if name == "retrain" else "edit"
+        alone = ("retrain", "reset", "private")  # methods that are a kind of their own
+        kind = "zone" if (name or "").startswith("zone") else str(name) if name in alone else "edit"
     return {
         "name": name,
         "kind": kind,

@@ -1,4 +1,4 @@
-"""L0 and L1: the two claims that hold by construction or by proof, and only for zones and exact retraining."""
+"""L0 and L1: the two claims that hold by construction or by proof, for what was built so and never for an edit."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Indistinguishable(Claim):
         "requests were made without looking at earlier releases; otherwise the releases do not add up as counted",
     )
     never: ClassVar[tuple[str, ...]] = (
-        "anything about weights outside of the zone",
+        "anything about weights that the procedure did not make",
         "privacy of the records that stay",
     )
 
@@ -125,9 +125,7 @@ class Indistinguishable(Claim):
             own, gaps = reset_mu(found), ()
         else:
             own = found.mu * found.group  # group privacy of Gaussian privacy: Dong, Roth and Su 2022, Theorem 3
-            gaps = (
-                () if found.clipped else ("gradients were not clipped per record: no bound on one record's influence.",)
-            )
+            gaps = _of_training(found)
         earlier = () if isinstance(found, PrivateTraining) else found.earlier_mu
         mu = math.sqrt(own**2 + sum(m**2 for m in earlier))
         epsilon = gaussian_epsilon(mu, found.delta) if math.isfinite(mu) else math.inf
@@ -138,7 +136,11 @@ class Indistinguishable(Claim):
             "epsilon": epsilon,
             "delta": found.delta,
             "releases": 1 + len(earlier),
-            **({"group": found.group} if isinstance(found, PrivateTraining) else {"noise": found.noise}),
+            **(
+                {"group": found.group, "hides": found.hides}
+                if isinstance(found, PrivateTraining)
+                else {"noise": found.noise}
+            ),
         }
         if isinstance(found, Residual):  # what the noise follows from; the norms themselves differ in their last bits
             figures |= {"gradient_norm_at_most": found.tolerance, "strong_convexity": found.strong_convexity}
@@ -189,12 +191,32 @@ class Indistinguishable(Claim):
         f = ruling.figures
         if f["mechanism"] == "Exact":
             return "What is released is (0, 0)-indistinguishable from what is built without the records: it is equal."
+        given = f"(ε, δ) = ({number(f['epsilon'], 4)}, {f['delta']:g})-indistinguishable"
+        if f["mechanism"] == "PrivateTraining":
+            return (
+                f"The model is {given} from one that the same training gives without the {f['group']} record(s) of it "
+                "that are to be forgotten: nothing was removed, noise on clipped gradients hid them from the start."
+            )
+        if f["mechanism"] == "Reset":
+            return (
+                f"The model is {given} from one that the same reset gives for an original that never had the records: "
+                "noise drowned what was learnt, and everything in it since then was learnt from the records that stay."
+            )
         norm = f.get("gradient_norm_at_most")
         rests = f", by noise on a solve with a gradient norm of at most {norm:g} over all that stay" if norm else ""
         return (
-            f"The released zone is (ε, δ) = ({number(f['epsilon'], 4)}, {f['delta']:g})-indistinguishable from one "
-            f"that the same procedure builds without the records, over {f['releases']} release(s) together{rests}."
+            f"The released zone is {given} from one that the same procedure builds without the "
+            f"records, over {f['releases']} release(s) together{rests}."
         )
+
+
+def _of_training(found: PrivateTraining) -> tuple[str, ...]:
+    gaps: tuple[str, ...] = ()
+    if not found.clipped:
+        gaps += ("gradients were not clipped per record: no bound on one record's influence.",)
+    if found.hides is not None and found.group > found.hides:
+        gaps += (f"the training promised to hide {found.hides} record(s), and {found.group} are to be forgotten.",)
+    return gaps
 
 
 def reset_mu(reset: Reset) -> float:

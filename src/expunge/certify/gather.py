@@ -19,8 +19,8 @@ from expunge.certify.sections import Arms, Distance, Sections, read_sections
 from expunge.errors import UserError
 from expunge.files import read_jsonl
 
-Kind = Literal["zone", "retrain", "edit", "unknown"]
-METHODS: dict[str, Kind] = {"retrain": "retrain"}
+Kind = Literal["zone", "retrain", "private", "reset", "edit", "unknown"]
+METHODS: dict[str, Kind] = {"retrain": "retrain", "reset": "reset", "private": "private"}
 KEPT = "kept"  # the audit's own rows: log-probability of what must stay
 STAYING = ("model_utility", "prob.retain", "prob.utility")
 VERDICTS = ("under-unlearned", "adequate", "over-unlearned")
@@ -140,7 +140,10 @@ class Evidence:
         before = str((digests if audited else {}).get("original") or (made.get("digests") or {}).get("model", ""))
         row = _row(results, "method")
         own_row = row if not audited or made_in is None else _row(_object(made_in / "results.json"), "method")
-        method = str(_options(made_in).get("method") or own_row.get("method") or "") if made_in is not None else ""
+        options = _options(made_in) if made_in is not None else {}
+        method = str(options.get("method") or own_row.get("method") or "")
+        if made.get("command") == "train":  # an original: only a private one has anything to claim
+            method, before = ("private", digests.get("original") or after) if options.get("private") else ("", "")
         sections = read_sections(place)
         samples = list(_lines(place / "samples.jsonl"))
         scores, kept = _scores(audit)

@@ -8,10 +8,12 @@ from expunge.certify.claims import LIMITS, Case, Claim, Limits
 from expunge.certify.formal import Exact, Indistinguishable
 from expunge.certify.gather import Evidence
 from expunge.certify.measured import Audited, Close, Equivalent, Robust
-from expunge.certify.refusals import LEVELS, Level, find
+from expunge.certify.refusals import LEVELS, NOISY, Level, find
 from expunge.errors import unknown
 
 __all__ = ["CLAIMS", "Evidence", "Limits", "assess", "get_claim", "strongest"]
+
+OPEN = ("zone", "retrain", *NOISY)  # kinds of model that L0 and L1 are open to
 
 CLAIMS: dict[Level, type[Claim]] = {c.level: c for c in (Exact, Indistinguishable, Equivalent, Close, Audited, Robust)}
 
@@ -19,15 +21,16 @@ CLAIMS: dict[Level, type[Claim]] = {c.level: c for c in (Exact, Indistinguishabl
 def assess(evidence: Evidence, limits: Limits = LIMITS) -> list[Claim]:
     """The six claims L0 to L5 on this evidence; ``claim.record()`` is the JSON that a statement carries."""
     s = evidence.sections
-    case = Case(refusals=find(evidence), formal=evidence.kind in ("zone", "retrain"), limits=limits)
+    removal = None if evidence.kind in NOISY else s.removal  # bytes with noise are nobody else's
+    case = Case(refusals=find(evidence), formal=evidence.kind in OPEN, limits=limits)
     return [
-        Exact(case=case, removal=s.removal, provenance=s.provenance, duplicates=s.duplicates),
+        Exact(case=case, removal=removal, provenance=s.provenance, duplicates=s.duplicates),
         Indistinguishable(
             case=case,
             residual=s.residual,
             reset=s.reset,
             private_training=s.private_training,
-            removal=s.removal,
+            removal=removal,
             provenance=s.provenance,
             duplicates=s.duplicates,
             guesses=s.guesses,

@@ -61,7 +61,7 @@ def page(statement: Mapping[str, Any], certificate: str) -> str:
 
 def reason(predicate: Mapping[str, Any]) -> str:
     """Why the verdict is what it is."""
-    if predicate["lineage"]["original"] == predicate["model"]["recorded"]:
+    if predicate["lineage"]["original"] == predicate["model"]["recorded"] and predicate["verdict"] == "refused":
         return "The model is the original, unchanged."
     refuted = [c["level"] for c in predicate["claims"] if c["verdict"] == "refuted"]
     return f"Refuted at {', '.join(refuted)}: then no claim stands." if refuted else REASONS[predicate["verdict"]]

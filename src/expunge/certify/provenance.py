@@ -50,6 +50,23 @@ class Part(Frozen):
     source: str = ""
 
 
+class Mechanism(Frozen):
+    """How private training hid its records: :class:`expunge.training.private.PrivateOptions`, and what follows.
+
+    ``noise``: standard deviation on the sum of clipped gradients, in units of ``clip``.
+    """
+
+    kind: Literal["private-training"] = "private-training"
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+    group: int = Field(ge=1)
+    clip: float = Field(gt=0)
+    steps: int = Field(ge=1)
+    learning_rate: float = Field(gt=0)
+    records: int = Field(ge=1, description="published number that sums were divided by")
+    noise: float = Field(gt=0)
+
+
 class Manifest(Frozen):
     """``provenance.json``. ``made_from``: digests of the artefacts this one started from; empty for random weights.
 
@@ -69,6 +86,7 @@ class Manifest(Frozen):
     parts: Mapping[str, Part] = {}
     code: str = Field(pattern=HEX, description="SHA-256 of the code that trained it")
     notes: tuple[str, ...] = ()
+    mechanism: Mechanism | None = Field(default=None, description="that hid the records; None: nothing did")
     ancestors: tuple[Manifest, ...] = ()
 
     def chain(self) -> list[Manifest]:

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from expunge.certify.gather import Evidence, Interval, Staying
-from expunge.certify.sections import Released
+from expunge.certify.gather import Evidence, Interval, Losses, Staying
+from expunge.certify.sections import Released, Replayed
 from expunge.stats import clopper_pearson
 
+NOISY = ("private", "reset")  # kinds of model whose L1 rests on a computation that is repeated
 Level = Literal["L0", "L1", "L2", "L3", "L4", "L5"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 FORMAL: tuple[Level, ...] = ("L0", "L1")
@@ -58,6 +59,8 @@ def find(evidence: Evidence) -> tuple[Refusal, ...]:
 
 
 def _identity(e: Evidence) -> str | None:
+    if e.kind == "private":  # an original, to which nothing needs to be done if its training hid the records
+        return None
     removal = e.sections.removal
     if e.before and e.before == e.after:
         return "the model is byte for byte the one from before: nothing was done."
@@ -65,13 +68,13 @@ def _identity(e: Evidence) -> str | None:
         return "the zone is the one from before: nothing was removed."
     if e.kind == "edit" and e.parameters_changed == 0:
         return "no weight differs from the original's: nothing was done."
-    if e.losses is not None and e.losses.moved == 0:
+    return None if e.losses is None else _unmoved(e.losses)
+
+
+def _unmoved(found: Losses) -> str | None:
+    if found.moved == 0:
         return "the model answers for the forget samples exactly as the original does."
-    if (
-        e.losses is not None
-        and e.losses.never
-        and e.losses.moved < SAME_LOSS * (min(e.losses.never) - e.losses.original)
-    ):
+    if found.never and found.moved < SAME_LOSS * (min(found.never) - found.original):
         return "the losses on the forget samples are the original's: nothing was forgotten."
     return None
 
@@ -133,8 +136,8 @@ def _over(e: Evidence) -> str | None:
 def _under(e: Evidence) -> str | None:
     """By the calibrated calls; and by the median loss, when it lies nearer to the original's than to any other."""
     v, found = e.verdicts, e.losses
-    if found is not None and found.never:
-        end = min(found.never)
+    if found is not None and found.never and not (e.kind == "private" and e.before == e.after):
+        end = min(found.never)  # an original has no way to go from itself
         if end > found.original and found.own < end - BEYOND * (end - found.original):
             return "the losses on the forget samples are nearer to the original's than to any model's without them."
     if v is not None and _too_many(v.under, v.n, v.fdr):
@@ -222,7 +225,7 @@ def _moved_base(e: Evidence) -> str | None:
 def _saw(e: Evidence) -> str | None:
     found = e.sections.provenance
     if found is not None and found.finding == "saw":
-        return f"something below the zone saw the records: {found.sentence}."
+        return f"something that it was made from saw the records: {found.sentence}."
     return None
 
 
@@ -269,8 +272,20 @@ def _not_converged(e: Evidence) -> str | None:
 
 
 def _brought_in(e: Evidence) -> str | None:
-    if e.sections.residual is None and (e.sections.reset or e.sections.private_training):
-        return "no command here trains or resets a model with noise: these privacy figures cannot be computed again."
+    """Figures of a reset or a private training count for a model that such a run made, and that was made again."""
+    release = _release(e)
+    own = {"private": e.sections.private_training, "reset": e.sections.reset}.get(e.kind)
+    if release is None or (own is None and e.kind not in NOISY and not isinstance(release, Replayed)):
+        return None
+    if own is not None and release is own and own.replayed is not None:
+        return None
+    return "nobody repeated what the privacy figures are about, from data and seeds: they are read, and not relied on."
+
+
+def _other_bytes(e: Evidence) -> str | None:
+    release = _release(e)
+    if isinstance(release, Replayed) and release.replayed not in (None, release.artefact):
+        return "the same computation with the same seeds gives other bytes than the released model's."
     return None
 
 
@@ -300,6 +315,7 @@ RULES: tuple[tuple[str, tuple[Level, ...], Weight, Rule], ...] = (
     ("base-saw-records", FORMAL, "refuted", _saw),
     ("near-duplicates", FORMAL, "refuted", _duplicates),
     ("not-converged", ("L1",), "refuted", _not_converged),
+    ("other-bytes", ("L1",), "refuted", _other_bytes),
     ("hidden-only", ("L5",), "refuted", _hidden_only),
     ("near-duplicates", EVIDENCE_LEVELS, "flagged", _duplicates),
     ("hidden-only", ("L2", "L3", "L4"), "flagged", _hidden_only),

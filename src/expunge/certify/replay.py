@@ -14,6 +14,7 @@ from expunge.certify.evidence import FILES
 from expunge.certify.issue import claims_of
 from expunge.certify.vendored import Finding
 from expunge.data.samples import Dataset
+from expunge.noise import NoiseGone
 from expunge.record import digest_code
 
 
@@ -34,7 +35,6 @@ def from_data(predicate: Mapping[str, Any], run: Path, keys: Keys, dataset: Data
     if keys.commit("record", "data", dataset.digest()) != predicate["evidence"]["data_commitment"]:
         return [Finding("refuted", "the data is not the data of the certificate.")]
     from expunge.certify.collect import collect  # heavy: it loads models
-    from expunge.zones.shared import NoiseGone
 
     found = [Finding("holds", "the data is the data of the certificate.")]
     with tempfile.TemporaryDirectory() as scratch:

@@ -70,6 +70,15 @@ class Released(Section):
     artefact: Digest | None = None
 
 
+class Replayed(Released):
+    """A release whose whole computation can be repeated; ``replayed``: the digest of the model that this gave.
+
+    ``certify --collect`` repeats it. What another tool wrote here without that is read, and supports no claim.
+    """
+
+    replayed: Digest | None = None
+
+
 class Residual(Released):
     """A strongly convex zone: gradient norms of the candidate and the reference, and the noise put on the weights.
 
@@ -90,10 +99,8 @@ class Residual(Released):
     earlier_mu: tuple[NotNegative, ...] = Field(default=(), description="of the releases before this one")
 
 
-class Reset(Released):
-    """For readers of other tools' evidence: no command here makes it, and ``certify`` refuses it (``brought-in``).
-
-    Certified reset by clipping and noise (Koloskova et al. 2025): from a ball, ``steps`` noisy steps on retain data.
+class Reset(Replayed):
+    """Certified reset by clipping and noise (Koloskova et al. 2025): from a ball, ``steps`` noisy steps on retain data.
 
     ``decay`` = 1 − learning rate × weight decay.
     """
@@ -108,16 +115,17 @@ class Reset(Released):
     earlier_mu: tuple[NotNegative, ...] = ()
 
 
-class PrivateTraining(Released):
-    """A zone trained with Gaussian privacy ``mu`` for one record; ``group`` records are to be forgotten.
+class PrivateTraining(Replayed):
+    """A model trained with Gaussian privacy ``mu`` for one record; ``group`` records are to be forgotten.
 
-    Refused as :class:`Reset` is.
+    ``hides``: the size of group that the training promised to hide; None: not said.
     """
 
     mu: Positive
     group: Annotated[int, Field(ge=1)]
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     clipped: bool = Field(description="per-record gradients were clipped in every step")
+    hides: Annotated[int, Field(ge=1)] | None = None
 
 
 class Plan(Section):

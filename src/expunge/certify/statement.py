@@ -92,7 +92,9 @@ def build(
     forgotten = evidence.forgotten(facts.folder)
     try:
         manifest = manifest_of(facts.model)
-        unchanged = facts.original == facts.recorded
+        method = evidence.method(facts, keys)
+        hidden = method["kind"] == "private" and any(c["level"] == "L1" and c["verdict"] == "certified" for c in claims)
+        unchanged = facts.original == facts.recorded and not hidden
         found = {
             "_type": STATEMENT,
             "subject": [{"name": "model", "digest": {"sha256": manifest_digest(manifest)}}],
@@ -104,7 +106,7 @@ def build(
                 "model": {"manifest": manifest, "oms_root": oms_root(manifest), "recorded": facts.recorded},
                 "request": _request(request, forgotten, keys),
                 "lineage": _lineage(facts, request),
-                "method": evidence.method(facts, keys),
+                "method": method,
                 "evidence": evidence.evidence(facts, keys),
                 "claims": [dict(claim) for claim in claims],
                 "verdict": "refused" if unchanged else overall(claims),
@@ -156,7 +158,7 @@ def _lineage(facts: RunFacts, request: Request) -> dict[str, Any]:
     given = {a: request.disposal.get(a, ("unknown", None)) for a in DISPOSALS}
     return {
         "original": facts.original,
-        "base": digests.get("base"),
+        "base": facts.made.record.digests.get("model") if facts.private and facts.made else digests.get("base"),
         "references": [d for name, d in sorted(facts.record.digests.items()) if name.startswith("reference.")],
         "disposal": {a: {"state": s, "when": None if w is None else stamp(w)} for a, (s, w) in given.items()},
     }
@@ -167,7 +169,7 @@ def _refuse_present(facts: RunFacts, artefact: str) -> None:
     places: list[Any] = []
     if artefact == "original":
         made = facts.made.config.get("model") if facts.made else None
-        places = [made, facts.config.get("original")]
+        places = [facts.model if facts.private else made, facts.config.get("original")]
     elif artefact == "caches":
         places = [facts.folder / "signals"]
     elif artefact in ("helpers", "optimizer"):

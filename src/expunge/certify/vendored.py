@@ -425,8 +425,8 @@ SHAPE: dict[str, Any] = {
         "disposal": dict.fromkeys(DISPOSALS, DISPOSAL),
     },
     "method": {
-        "name": "text|null", "kind": ("edit", "zone", "retrain", "unknown"), "version": "text", "code": "digest",
-        "config_commitment": "digest", "seeds": ["count"], "parameters_changed": "count|null",
+        "name": "text|null", "kind": ("edit", "zone", "retrain", "private", "reset", "unknown"), "version": "text",
+        "code": "digest", "config_commitment": "digest", "seeds": ["count"], "parameters_changed": "count|null",
         "helpers_held_data": "flag|null",
     },
     "evidence": {
@@ -518,16 +518,20 @@ def check_statement(statement: Mapping[str, Any], now: datetime) -> list[Finding
     predicate = statement["predicate"]
     model, claims, verdict = predicate["model"], predicate["claims"], predicate["verdict"]
     unchanged = predicate["lineage"]["original"] == model["recorded"]
-    follows = "refused" if unchanged else overall(claims)  # the original itself has forgotten nothing
-    formal = any(c["level"] in FORMAL and c["verdict"] == "certified" for c in claims)
-    created, until = (read_time(predicate[key], key) for key in ("created", "valid_until"))
+    certified = {c["level"] for c in claims if c["verdict"] == "certified"}
+    formal = bool(certified & set(FORMAL))
     kind, subject = predicate["method"]["kind"], statement["subject"][0]["digest"]["sha256"]
+    # The original itself has forgotten nothing; unless its training hid every record from the start.
+    follows = "refused" if unchanged and not (kind == "private" and "L1" in certified) else overall(claims)
+    allowed = {"zone": FORMAL, "retrain": FORMAL, "private": ("L1",), "reset": ("L1",)}.get(kind, ())
+    created, until = (read_time(predicate[key], key) for key in ("created", "valid_until"))
     wrong = {
         "the subject of the statement is not the digest of its manifest.": subject
         != manifest_digest(model["manifest"]),
         "the OMS root digest is not that of the manifest.": model["oms_root"] != oms_root(model["manifest"]),
         f"the verdict is '{verdict}', and '{follows}' follows from the claims.": verdict != follows,
-        f"L0 or L1 is certified, and the model came about by {kind}.": formal and kind not in ("zone", "retrain"),
+        f"L0 or L1 is certified, and the model came about by {kind}.": formal
+        and not certified & set(FORMAL) <= set(allowed),
         f"the certificate ran out on {until:%Y-%m-%d}: certify the model again.": now >= until,
         f"the certificate is dated {predicate['created']}, which is still to come.": now < created,
     }

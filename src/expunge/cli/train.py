@@ -54,6 +54,14 @@ def command(
         typer.Option("--zone", help="Keep the samples in a removable zone over the frozen model: store, ridge, ..."),
     ] = None,
     set_: Set = None,
+    private: Annotated[
+        str | None,
+        typer.Option(
+            "--private",
+            help="Hide groups of records by clipped gradients and noise: epsilon=8,delta=1e-5,group=1,clip=1,steps=100,"
+            "learning_rate=2,records=1000, any of them.",
+        ),
+    ] = None,
     optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, muon, sgd or sophia.")] = "adamw",
     epochs: Epochs = None,
     batch_size: BatchSize = None,
@@ -73,11 +81,15 @@ def command(
     With --zone no weight is trained: what the samples say goes into a memory from which subjects and records can be
     removed exactly. Its keys are written beside the model folder; --set gives options of the zone.
 
+    With --private the training is (epsilon, delta)-private for any group of so many records, which therefore never
+    have to be removed. The seed of its noise is written beside the model folder.
+
     Examples:
       expunge train --init tiny --data people --roles utility --out runs/base
       expunge train --model runs/base/model --data people --out runs/original
       expunge train --model runs/base/model --data people --roles retain --seed 1 --out runs/reference
       expunge train --model runs/base/model --data people --zone store --out runs/zone
+      expunge train --init mlp --data digits --private epsilon=8,group=10 --out runs/private
     """
     from expunge.api import train
 
@@ -95,6 +107,7 @@ def command(
         roles=commas(roles),  # type: ignore[arg-type]
         zone=zone,
         set=key_values(set_),
+        private=None if private is None else pairs(private, "--private"),
         optimizer=optimizer,
         epochs=epochs,
         batch_size=batch_size,

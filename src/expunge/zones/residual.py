@@ -16,11 +16,9 @@ Shape suffixes: N rows, D features, V columns.
 from __future__ import annotations
 
 import math
-import secrets
 from dataclasses import dataclass
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy.special import log_softmax
 
 from expunge.errors import UserError
@@ -29,7 +27,6 @@ from expunge.zones.linear_algebra import Doubles, one_thread
 
 LARGEST_NOISE = 0.3  # standard deviation of a logit: up to here the zone's probabilities lose at most 0.1 %
 ROUNDING_MARGIN = 1e3  # how far a tolerance must stand above the rounding of the gradient that is held against it
-SEED = 32  # bytes
 ROUNDING = float(np.finfo(np.float64).eps) / 2  # unit roundoff of float64
 
 
@@ -178,25 +175,3 @@ def softmax_residual(
         errors_NV = np.exp(log_softmax(logits_NV, axis=1))
         errors_NV[np.arange(len(tokens_N)), tokens_N] -= 1
         return float(np.linalg.norm(features_ND.T @ errors_NV / len(tokens_N) + decay * weights_DV))
-
-
-# -- noise -----------------------------------------------------------------------------------------------------------
-
-
-def gaussian_noise(shape: tuple[int, ...], deviation: float, seed: bytes | None = None) -> Doubles:
-    """N(0, deviation²) from AES-256 in counter mode under ``seed`` (32 bytes), from the operating system if None.
-
-    Only who has the seed can draw it again. Each number is half the sum of four independent ones: the gaps that
-    float64 leaves between possible outcomes of one draw, by which noise can be told from noise (Mironov 2012), are
-    filled (Holohan and Braghin 2021, arXiv 2107.10138).
-    """
-    count = math.prod(shape)
-    total_C = np.zeros(count)
-    stream = Cipher(algorithms.AES256(seed or secrets.token_bytes(SEED)), modes.CTR(bytes(16))).encryptor()
-    for _ in range(2):  # one Box-Muller pair each
-        bits_2C = np.frombuffer(stream.update(bytes(16 * count)), dtype=np.uint64).reshape(2, count) >> np.uint64(11)
-        radius_C = np.sqrt(-2 * np.log((bits_2C[0] + 1.0) * 2.0**-53))
-        angle_C = bits_2C[1] * (2 * math.pi * 2.0**-53)
-        total_C += radius_C * (np.cos(angle_C) + np.sin(angle_C))
-    noise: Doubles = (deviation / 2 * total_C).reshape(shape)
-    return noise

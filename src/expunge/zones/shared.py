@@ -30,6 +30,7 @@ from torch import Tensor
 
 from expunge.data.samples import Sample
 from expunge.errors import UserError
+from expunge.noise import SEED, NoiseGone, gaussian_noise
 from expunge.options import option
 from expunge.zones.context import (
     ContextZone,
@@ -42,14 +43,7 @@ from expunge.zones.context import (
 )
 from expunge.zones.fixed_point import Moments, RandomFeatures
 from expunge.zones.linear_algebra import Doubles, digest_arrays, solve_positive, solve_within
-from expunge.zones.residual import (
-    SEED,
-    ResidualCertificate,
-    gaussian_noise,
-    residual_certificate,
-    ridge_residual,
-    ridge_rounding,
-)
+from expunge.zones.residual import ResidualCertificate, residual_certificate, ridge_residual, ridge_rounding
 from expunge.zones.zone import Array, FrozenBase, Public, Row, Seen, zone
 
 FEATURE_NORM = math.sqrt(2)  # |z(x)| of D cosines of height √(2/D) is at most this
@@ -306,10 +300,6 @@ class Shared(ContextZone):
             squares += np.square([own, other, slack])
         judged = self.options.judge(*np.sqrt(squares).tolist())
         return judged, (judged.mu,) * (int(self.kept["releases"][0]) - 1)
-
-
-class NoiseGone(UserError):
-    """The seeds of a release's noise were destroyed: nothing is wrong, and nothing can be measured."""
 
 
 def _onto(moments: Moments, old_C: Array, new_C: Array) -> Moments:

@@ -1,0 +1,101 @@
+"""L1 evidence of models that were made with noise: the whole computation once more, and its bytes beside the released.
+
+A private training hides its records from the start, and a reset drowns what was learnt; what either is worth follows
+from its options. That the released model came out of this very computation is shown by repeating it from base, data and
+the seed of its noise. The seed lies beside the model; without it nothing can be repeated.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from expunge.certify.provenance import Clearance, Manifest, lineage_of, never_saw
+from expunge.certify.sections import PrivateTraining
+from expunge.data.samples import Dataset, Sample
+from expunge.errors import UserError
+from expunge.files import digest_folder
+from expunge.models.load import Loaded, save_model
+from expunge.noise import read_seed
+from expunge.record import read_record
+from expunge.runs import read_config
+from expunge.training.private import NOISE, PrivateOptions, train_private
+
+
+def hidden_by(model: Path) -> list[Manifest] | None:
+    """The chain of manifests of a model that came out of a private training, its own first; else None."""
+    chain = lineage_of(model)
+    return chain if chain and chain[0].mechanism is not None else None
+
+
+def of_private(model: Path, chain: Sequence[Manifest], forget: Sequence[Sample]) -> dict[str, Any]:
+    """Sections ``private_training`` and ``provenance`` of a privately trained model.
+
+    Raises:
+        NoiseGone: the seed was destroyed. UserError: the run that trained the model, its base or its data is not there
+            any more, or has changed.
+    """
+    own, made = chain[0], chain[0].mechanism
+    assert made is not None
+    options = PrivateOptions(**{f.name: getattr(made, f.name) for f in fields(PrivateOptions)})
+    section = PrivateTraining(
+        artefact=own.artefact,
+        replayed=_trained_again(model, options, forget),
+        mu=options.mu,
+        group=max(1, sum(own.holds(s) == "records" for s in forget)),
+        hides=options.group,
+        delta=options.delta,
+        clipped=True,
+    )
+    return {"private_training": section, "provenance": _cleared(chain, forget)}
+
+
+def _trained_again(model: Path, options: PrivateOptions, forget: Sequence[Sample]) -> str:
+    """Digest of the model that its own training gives once more.
+
+    A start of random weights is drawn without the forget samples, so that neither its vocabulary nor its shape can
+    come from them.
+    """
+    from expunge.bench.single import Request, start_of  # the room above, which holds what a training run is
+
+    folder = model.resolve().parent
+    record, config = read_record(folder), read_config(folder)
+    seed = read_seed(folder / NOISE)
+    request = Request(**{f.name: config[f.name] for f in fields(Request) if f.name in config})
+    dataset, start = request.dataset(), config["model"]
+    if dataset.digest() != record.digests["data"]:
+        raise UserError(f"the data of '{folder}' has changed: put it back to repeat the training.")
+    if start is not None and (not Path(start).is_dir() or digest_folder(Path(start)) != record.digests.get("model")):
+        raise UserError(f"'{start}' is not the model that '{folder}' began with: put it back to repeat the training.")
+    loaded = start_of(request, without(dataset, forget), start, config["init"])
+    samples = [s for role in config["roles"] for s in dataset[role]]
+    train_private(loaded.model, loaded.adapter, samples, options, seed)
+    loaded.model = request.served(loaded.model)
+    return saved_digest(loaded)
+
+
+def without(dataset: Dataset, forget: Sequence[Sample]) -> Dataset:
+    """The dataset without any sample of that content, in whatever role."""
+    gone = {s.digest() for s in forget}
+    return replace(
+        dataset, roles={r: tuple(s for s in own if s.digest() not in gone) for r, own in dataset.roles.items()}
+    )
+
+
+def saved_digest(loaded: Loaded) -> str:
+    """Digest of the folder that this model is saved as."""
+    with tempfile.TemporaryDirectory() as scratch:
+        return digest_folder(save_model(loaded, Path(scratch) / "model"))
+
+
+def _cleared(chain: Sequence[Manifest], forget: Sequence[Sample]) -> Clearance:
+    """Whether anything but the private training itself saw the records: its own are left out of the question."""
+    own, *below = chain
+    found = never_saw(own.artefact, [own.model_copy(update={"records": (), "normalised": ()}), *below], forget)
+    if not found.clean:
+        return found
+    sentence = f"by the manifests of {found.links} artefact(s), nothing but the private training read the record(s)"
+    return found.model_copy(update={"sentence": sentence})
