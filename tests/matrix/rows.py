@@ -50,6 +50,12 @@ TABLE: dict[str, Row] = {
     "random-labels": Row(STEADY, forgets=True, keeps=True, of=ASCENT),
     "finetune": Row({"epochs": 2, "batch_size": 6, "learning_rate": 1e-3}, keeps=True),
     "retrain": Row({"epochs": 25, "batch_size": 6, "learning_rate": 1e-2}, forgets=True, keeps=True),
+    "reset": Row(
+        {"epochs": 25, "batch_size": 6, "learning_rate": 1e-2, "reset_steps": 3, "noise_seed": "07" * 32},
+        forgets=True,
+        keeps=True,
+        quick={"reset_steps": 2, "noise_seed": "07" * 32},
+    ),
     "sparsity": Row({"epochs": 6, "batch_size": 6, "learning_rate": 0.05}, keeps=True),
     "boundary": Row(STEADY, forgets=True),
     "forsaken": Row(STEADY, forgets=True, keeps=True),

@@ -238,7 +238,10 @@ def unlearn_model(
     else:
         context = study.context(entry, loaded.model, request.seed, dataset, f"main/{entry.label}/0")
         context.earlier = earlier
-        more = {"precision": "bf16"} if request.half and hasattr(entry.method.options, "precision") else None
+        has = {f.name for f in dataclasses.fields(entry.method.options)}
+        more = {"precision": "bf16"} if request.half and "precision" in has else {}
+        if "noise_seed" in has:
+            more["noise_seed"] = kept_seed(run.folder / f"{entry.method.name}.noise.json").hex()
         context.llm = llm
         context.helpers.keep = keep_helpers
         outcome, cost = study.apply(context, *entry.whole(more))

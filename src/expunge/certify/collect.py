@@ -22,7 +22,7 @@ from expunge.certify.evidence import rows
 from expunge.certify.exact import manifest_of_zone, of_residual, of_zone, seen_before
 from expunge.certify.fisher import collateral
 from expunge.certify.guesses import guesses_of
-from expunge.certify.noisy import hidden_by, of_private
+from expunge.certify.noisy import hidden_by, of_private, of_reset
 from expunge.certify.provenance import Manifest, lineage_of, never_saw, normalised_digest
 from expunge.certify.sections import Change, DuplicateSearch, Section, add_section
 from expunge.data.canary_coins import DATASET as COINS
@@ -75,6 +75,8 @@ def collect(
     trained = hidden_by(place.model)
     if trained is not None:
         found |= of_private(place.model, trained, dataset["forget"])
+    elif place.method == "reset" and place.original is not None:
+        found |= of_reset(place.model, place.original, dataset, {kept for _, kept in search.handled})
     elif place.method.startswith("zone-") and place.original is not None:
         found |= _of_zone(place, place.original, dataset, {kept for _, kept in search.handled})
     elif place.original is not None and (change := _moved(place, place.original, dataset)) is not None:

@@ -8,19 +8,21 @@ the seed of its noise. The seed lies beside the model; without it nothing can be
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from expunge.certify.provenance import Clearance, Manifest, lineage_of, never_saw
-from expunge.certify.sections import PrivateTraining
+from expunge.certify.provenance import Clearance, Manifest, describe, lineage_of, never_saw
+from expunge.certify.sections import PrivateTraining, Reset
 from expunge.data.samples import Dataset, Sample
 from expunge.errors import UserError
 from expunge.files import digest_folder
-from expunge.models.load import Loaded, save_model
+from expunge.methods.registry import Context
+from expunge.methods.reset import NOISE as RESET_NOISE
+from expunge.models.load import Loaded, load_model, save_model
 from expunge.noise import read_seed
-from expunge.record import read_record
+from expunge.record import digest_code, read_record
 from expunge.runs import read_config
 from expunge.training.private import NOISE, PrivateOptions, train_private
 
@@ -75,6 +77,52 @@ def _trained_again(model: Path, options: PrivateOptions, forget: Sequence[Sample
     train_private(loaded.model, loaded.adapter, samples, options, seed)
     loaded.model = request.served(loaded.model)
     return saved_digest(loaded)
+
+
+def of_reset(model: Path, original: Path, dataset: Dataset, may_stay: Set[str]) -> dict[str, Any]:
+    """Sections ``reset`` and ``provenance`` of a model that method ``reset`` made from a base; else nothing.
+
+    ``may_stay``: ids of near-duplicates that somebody has decided to keep; their words count as their own.
+
+    The method runs once more with tokenizer and configuration of the base: a released folder in which anything else
+    came from the original is another one.
+
+    Raises:
+        NoiseGone: the seed was destroyed. UserError: the base is not there any more, or has changed.
+    """
+    from expunge.bench.plan import entry_of  # the room above, which holds what a run is given
+    from expunge.bench.single import Request
+
+    folder = model.resolve().parent
+    record, config = read_record(folder), read_config(folder)
+    if config.get("base") is None:  # around random weights, of a shape that nobody vouches for
+        return {}
+    base = Path(str(config["base"])).expanduser()
+    if not base.is_dir() or digest_folder(base) != record.digests.get("base"):
+        raise UserError(f"'{base}' is not the base that '{folder}' had: put it back to repeat the reset.")
+    request = Request(**{f.name: config[f.name] for f in fields(Request) if f.name in config})
+    more = {"noise_seed": read_seed(folder / RESET_NOISE).hex()} | ({"precision": "bf16"} if request.half else {})
+    method, options = entry_of("reset", "reset", config["set"]).whole(more)
+    before = load_model(original, **request.training, lora=request.lora_options(), seed=request.seed).model
+    start = load_model(base, **request.training)
+    context = Context(
+        before, start.adapter, dataset["forget"], dataset["retain"], base=lambda: start.model, seed=request.seed
+    )
+    made = method(context, options).model
+    section = Reset(
+        artefact=digest_folder(model),
+        replayed=saved_digest(Loaded(request.served(made), start.adapter, "")),
+        radius=options.radius,
+        clip=options.reset_clip,
+        learning_rate=options.rate,
+        decay=1.0,
+        steps=options.reset_steps,
+        noise=options.noise,
+        delta=options.delta,
+    )
+    kept = [s for s in dataset["retain"] if s.id not in may_stay]
+    own = describe(kind="reset", artefact=model, records=kept, code=digest_code(), made_from=(base,))
+    return {"reset": section, "provenance": never_saw(own.artefact, [own, *lineage_of(base)], dataset["forget"])}
 
 
 def without(dataset: Dataset, forget: Sequence[Sample]) -> Dataset:
