@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tests.certify.test_cli_certify import expunge, statement
 
@@ -133,6 +134,32 @@ def test_fewer_records_than_the_group_are_hidden_better(place: Path, tmp_path: P
     collect(tmp_path / "run", data())
     ruling = assess(Evidence.of_run(tmp_path / "run"))[1].judged()
     assert ruling.verdict == "certified" and ruling.figures["group"] == 1 and ruling.figures["epsilon"] < 8 / 3
+
+
+def test_a_copy_in_another_role_raises_the_group(place: Path, tmp_path: Path) -> None:
+    """Three records, and one of them again among the utility samples that were trained on too: four, three hidden."""
+    given = data()
+    images, rows = tmp_path / "images", {}
+    images.mkdir()
+    for role, samples in (("forget", given["forget"]), ("retain", given["retain"]), ("utility", given["forget"][:1])):
+        rows[role] = tmp_path / f"{role}.jsonl"
+        lines = []
+        for i, s in enumerate(samples):
+            Image.fromarray(s.image).save(images / f"{role}{i}.png")
+            lines.append(
+                {"id": f"{role}{i}", "subject": s.subject, "target": s.target, "image": f"images/{role}{i}.png"}
+            )
+        rows[role].write_text("\n".join(map(json.dumps, lines)) + "\n")
+    model = place / "base" / "model"
+    roles = ("forget", "retain", "utility")
+    api.train(tmp_path / "private", model=model, private=PRIVATE, roles=roles, device="cpu", **rows)
+    api.audit(tmp_path / "private" / "model", tmp_path / "run", suite="quick", device="cpu", **rows)
+    collect(tmp_path / "run", api.run_dataset(tmp_path / "run"))
+    section = read_sections(tmp_path / "run").private_training
+    assert section is not None and (section.group, section.hides) == (4, 3)
+    assert verdicts(tmp_path / "run")["L1"] == "unsupported" and "hide 3 record(s), and 4 are" in sentence(
+        tmp_path / "run"
+    )
 
 
 def test_random_weights_to_start_from_are_drawn_again_without_the_records(place: Path, tmp_path: Path) -> None:

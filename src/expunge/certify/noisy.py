@@ -8,12 +8,15 @@ the seed of its noise. The seed lies beside the model; without it nothing can be
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from expunge.certify.provenance import Clearance, Manifest, describe, lineage_of, never_saw
+import torch
+
+from expunge.certify.provenance import Clearance, Manifest, describe, lineage_of, never_saw, normalised_digest
 from expunge.certify.sections import PrivateTraining, Reset
 from expunge.data.samples import Dataset, Sample
 from expunge.errors import UserError
@@ -22,7 +25,7 @@ from expunge.methods.registry import Context
 from expunge.methods.reset import NOISE as RESET_NOISE
 from expunge.models.load import Loaded, load_model, save_model
 from expunge.noise import read_seed
-from expunge.record import digest_code, read_record
+from expunge.record import RunRecord, digest_code, read_record
 from expunge.runs import read_config
 from expunge.training.private import NOISE, PrivateOptions, train_private
 
@@ -43,11 +46,12 @@ def of_private(model: Path, chain: Sequence[Manifest], forget: Sequence[Sample])
     own, made = chain[0], chain[0].mechanism
     assert made is not None
     options = PrivateOptions(**{f.name: getattr(made, f.name) for f in fields(PrivateOptions)})
+    digest, records = _trained_again(model, options, forget)
     section = PrivateTraining(
         artefact=own.artefact,
-        replayed=_trained_again(model, options, forget),
+        replayed=digest,
         mu=options.mu,
-        group=max(1, sum(own.holds(s) == "records" for s in forget)),
+        group=max(1, _alike(records, forget)),
         hides=options.group,
         delta=options.delta,
         clipped=True,
@@ -55,8 +59,8 @@ def of_private(model: Path, chain: Sequence[Manifest], forget: Sequence[Sample])
     return {"private_training": section, "provenance": _cleared(chain, forget)}
 
 
-def _trained_again(model: Path, options: PrivateOptions, forget: Sequence[Sample]) -> str:
-    """Digest of the model that its own training gives once more.
+def _trained_again(model: Path, options: PrivateOptions, forget: Sequence[Sample]) -> tuple[str, list[Sample]]:
+    """Digest of the model that its own training gives once more, and the records of the training.
 
     A start of random weights is drawn without the forget samples, so that neither its vocabulary nor its shape can
     come from them.
@@ -74,9 +78,28 @@ def _trained_again(model: Path, options: PrivateOptions, forget: Sequence[Sample
         raise UserError(f"'{start}' is not the model that '{folder}' began with: put it back to repeat the training.")
     loaded = start_of(request, without(dataset, forget), start, config["init"])
     samples = [s for role in config["roles"] for s in dataset[role]]
-    train_private(loaded.model, loaded.adapter, samples, options, seed)
+    with _threads(record):
+        train_private(loaded.model, loaded.adapter, samples, options, seed)
     loaded.model = request.served(loaded.model)
-    return saved_digest(loaded)
+    return saved_digest(loaded), samples
+
+
+def _alike(records: Sequence[Sample], forget: Sequence[Sample]) -> int:
+    """Records of a training that are a forget sample, by content or by its words, under whatever id and in any role."""
+    salt = ""  # nothing of this is kept
+    wanted = {d for s in forget for d in (s.digest(), normalised_digest(s, salt)) if d is not None}
+    return sum(s.digest() in wanted or normalised_digest(s, salt) in wanted for s in records)
+
+
+@contextmanager
+def _threads(record: RunRecord) -> Iterator[None]:
+    """As many threads as the run had: with others the last bits of a sum may differ."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(record.environment.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def of_reset(model: Path, original: Path, dataset: Dataset, may_stay: Set[str]) -> dict[str, Any]:
@@ -108,7 +131,8 @@ def of_reset(model: Path, original: Path, dataset: Dataset, may_stay: Set[str]) 
     context = Context(
         before, start.adapter, dataset["forget"], dataset["retain"], base=lambda: start.model, seed=request.seed
     )
-    made = method(context, options).model
+    with _threads(record):
+        made = method(context, options).model
     section = Reset(
         artefact=digest_folder(model),
         replayed=saved_digest(Loaded(request.served(made), start.adapter, "")),

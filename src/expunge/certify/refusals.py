@@ -285,7 +285,10 @@ def _brought_in(e: Evidence) -> str | None:
 def _other_bytes(e: Evidence) -> str | None:
     release = _release(e)
     if isinstance(release, Replayed) and release.replayed not in (None, release.artefact):
-        return "the same computation with the same seeds gives other bytes than the released model's."
+        return (
+            "the same computation with the same seeds gives other bytes than the released model's: it was changed "
+            "since, or made on another kind of machine."
+        )
     return None
 
 

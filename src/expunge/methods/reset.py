@@ -50,13 +50,13 @@ class ResetOptions(TrainOptions):
     """Of the reset, and of the training on retain after it. None may be chosen by looking at the forget samples."""
 
     epochs: float = option(16.0, "passes over the retain set afterwards; use the original's own number", "as retrain")
-    epsilon: float = option(1.0, "ε, in nats")
-    delta: float = option(1e-5, "δ")
+    epsilon: float = option(1.0, "ε, in nats", "ours: below the 8 of Abadi et al. 2016")
+    delta: float = option(1e-5, "δ", "Abadi et al. 2016")
     radius: float = option(
         1e-3, "C₀: largest distance from the centre that is kept; the noise is 4 C₀/μ per weight", "ours: on digits"
     )
-    reset_steps: int = option(10, "T: noisy steps")
-    reset_clip: float = option(1.0, "C₁: largest norm of a gradient in a noisy step")
+    reset_steps: int = option(10, "T: noisy steps", "ours: the noise of all together does not depend on it")
+    reset_clip: float = option(1.0, "C₁: largest norm of a gradient in a noisy step", "Abadi et al. 2016: 1 to 4")
     noise_seed: str = option("", "64 hexadecimal digits; the run draws it and keeps it beside the model")
 
     def __post_init__(self) -> None:
