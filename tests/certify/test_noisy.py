@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import stat
@@ -21,6 +22,7 @@ from expunge.certify.gather import Evidence
 from expunge.certify.levels import assess
 from expunge.certify.provenance import MANIFEST, read_manifest, salted
 from expunge.certify.sections import EVIDENCE, read_sections
+from expunge.certify.vendored import check_statement, read_time
 from expunge.data.registry import load_dataset
 from expunge.errors import UserError
 from expunge.files import digest_folder
@@ -169,6 +171,28 @@ def test_random_weights_to_start_from_are_drawn_again_without_the_records(place:
     assert verdicts(tmp_path / "run")["L1"] == "certified"
 
 
+def test_a_language_model_too(tmp_path: Path) -> None:
+    """Its vocabulary is drawn again from what stays; records are answers of two people."""
+    sizes = {"people": 6, "forget": 2, "holdout": 2, "utility": 8, "questions": 2}
+    given: dict[str, Any] = {"data": "people", "data_options": sizes, "device": "cpu"}
+    count = len(load_dataset("people", options=sizes)["forget"])
+    private = {"epsilon": 8, "group": count, "steps": 2, "records": 20}
+    api.train(tmp_path / "private", init="tiny-test", private=private, **given)
+    api.audit(tmp_path / "private" / "model", tmp_path / "run", suite="quick", **given)
+    collect(tmp_path / "run", load_dataset("people", options=sizes))
+    section = read_sections(tmp_path / "run").private_training
+    assert section is not None and section.group == section.hides == count > 2
+    assert section.replayed == section.artefact and verdicts(tmp_path / "run")["L1"] == "certified"
+
+
+def test_a_model_without_the_run_that_made_it_has_nothing_to_repeat(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "private" / "model", tmp_path / "alone" / "model")
+    shutil.copy(place / "private" / MANIFEST, tmp_path / "alone")
+    api.audit(tmp_path / "alone" / "model", tmp_path / "run", suite="quick", **DATA)
+    assert collect(tmp_path / "run", data()) == ("duplicates",)
+    assert verdicts(tmp_path / "run")["L1"] == "unsupported"
+
+
 def touch(weights: Path) -> None:
     """The last bit of one weight."""
     tensors = load_file(weights)
@@ -257,6 +281,17 @@ def test_the_original_itself_is_certified_only_for_its_noise(place: Path, tmp_pa
     assert expunge("certify", tmp_path / "run") == 1
     assert expunge("certify", tmp_path / "run", "--collect", "--key", place / "k.pem") == 0
     assert statement(tmp_path / "run" / "certificate.json")["predicate"]["verdict"] == "certified"
+    found = statement(tmp_path / "run" / "certificate.json")
+    now = read_time(found["predicate"]["created"], "created")
+    assert found["predicate"]["lineage"]["original"] == found["predicate"]["model"]["recorded"]
+    assert [f.state for f in check_statement(found, now)] == ["holds"]
+    for change, said in (({"kind": "edit"}, "came about by edit"), ({"kind": "reset"}, "'refused' follows")):
+        other = copy.deepcopy(found)
+        other["predicate"]["method"] |= change
+        assert any(f.state == "refuted" and said in f.text for f in check_statement(other, now))
+    other = copy.deepcopy(found)
+    other["predicate"]["claims"][0]["verdict"] = "certified"  # L0
+    assert any("came about by private" in f.text for f in check_statement(other, now))
     plain = place / "original" / "model"
     api.audit(plain, tmp_path / "plain", original=plain, suite="quick", **DATA)
     assert expunge("certify", tmp_path / "plain", "--collect") == 1

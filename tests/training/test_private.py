@@ -104,7 +104,7 @@ def test_the_noise_is_what_dp_accounting_asks_for(epsilon: float, delta: float, 
     options = PrivateOptions(epsilon=epsilon, delta=delta, group=group, steps=steps)
     event = dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(options.multiplier / group), steps)
     theirs = PLDAccountant(value_discretization_interval=1e-4).compose(event).get_epsilon(delta)
-    assert theirs == pytest.approx(epsilon, abs=2e-3)  # by discretisation, from above
+    assert theirs == pytest.approx(epsilon, abs=1e-6)
     exact = dp_accounting.get_epsilon_gaussian(options.multiplier / group / math.sqrt(steps), delta)
     assert exact == pytest.approx(epsilon, abs=1e-6)
     assert gaussian_epsilon(options.mu * group, delta) == pytest.approx(epsilon, abs=1e-9)

@@ -25,15 +25,16 @@ from expunge.methods.registry import Context
 from expunge.methods.reset import NOISE as RESET_NOISE
 from expunge.models.load import Loaded, load_model, save_model
 from expunge.noise import read_seed
-from expunge.record import RunRecord, digest_code, read_record
+from expunge.record import RECORD, RunRecord, digest_code, read_record
 from expunge.runs import read_config
 from expunge.training.private import NOISE, PrivateOptions, train_private
 
 
 def hidden_by(model: Path) -> list[Manifest] | None:
-    """The chain of manifests of a model that came out of a private training, its own first; else None."""
+    """The chain of manifests of a model in the run of its private training, its own first; else None."""
     chain = lineage_of(model)
-    return chain if chain and chain[0].mechanism is not None else None
+    trained = bool(chain) and chain[0].mechanism is not None and (model.resolve().parent / RECORD).is_file()
+    return chain if trained else None
 
 
 def of_private(model: Path, chain: Sequence[Manifest], forget: Sequence[Sample]) -> dict[str, Any]:
