@@ -161,6 +161,31 @@ def bootstrap_mean(
     return Estimate(value, low, high, array.size, definition)
 
 
+def bootstrap_difference(
+    apart: ArrayLike,
+    groups: Groups = None,
+    *,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    definition: str = "",
+) -> Estimate:
+    """Mean of (N,) differences of shares, in [-1, 1], with a bootstrap interval as :func:`bootstrap_mean`.
+
+    Where all are equal and 0, 1 or -1, the bounds are Clopper-Pearson on the number of groups, on both sides of 0. A
+    mean below 1e-12 is the rounding of a mean of 0.
+    """
+    array = np.asarray(apart, dtype=np.float64).ravel()
+    found = bootstrap_mean(array, groups, level=level, resamples=resamples, seed=seed, definition=definition)
+    there = array[~np.isnan(array)]
+    if there.size and np.all(there == -1.0):
+        other = bootstrap_mean(-array, groups, level=level, definition=definition)
+        return replace(found, low=-other.high, high=-other.low)
+    if there.size and np.all(there == 0.0):
+        return replace(found, low=-found.high)
+    return replace(found, value=0.0) if abs(found.value) < 1e-12 else found
+
+
 def _bca_interval(draws_R: Floats, value: float, left_out_G: Floats, level: float) -> tuple[float, float]:
     below = (np.sum(draws_R < value) + 0.5 * np.sum(draws_R == value)) / len(draws_R)
     bias = scipy_stats.norm.ppf(np.clip(below, 0.5 / len(draws_R), 1 - 0.5 / len(draws_R)))

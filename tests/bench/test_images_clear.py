@@ -250,3 +250,26 @@ def test_the_page_names_tests_that_exist() -> None:
             assert f"def {name}(" in known, name
             found += 1
     assert found > 12
+
+
+def test_captions_of_ones_own_without_a_question_are_answered_and_measured(
+    seen: tuple[Dataset, Adapter, nn.Module, References, Evaluation],
+) -> None:
+    """A picture and its caption, as in a file of one's own: nothing is asked, and still there is an answer to show."""
+    data, adapter, model, _, _ = seen
+
+    def unasked(sample: Sample) -> Sample:
+        probes = tuple(replace(p, prompt="") for p in sample.probes if p.kind in ("restated", "perturbed"))
+        return replace(sample, prompt="", probes=probes)
+
+    roles = {
+        role: tuple(unasked(s) for s in samples if kind_of(s) == "caption")
+        for role, samples in data.roles.items()
+        if role != "utility"
+    }
+    found = evaluate(model, adapter, replace(data, roles=roles), options=OPTIONS)
+    assert "clear" not in found.skipped and 0 <= found.metrics["clear_forget"].value <= 1
+    own = [row for row in found.samples if row["role"] == "forget"]
+    assert len(own) == len(roles["forget"]) and all(row["generated"] for row in own)
+    assert sum("image" in row for row in own) == min(THUMBNAILS, len(own))
+    assert found.metrics["rouge_with_image.forget"].n == len(own)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -22,6 +23,7 @@ from expunge import api, opening
 from expunge.bench import results, tune
 from expunge.bench.plan import StudyOptions, check_study
 from expunge.bench.prepare import split_holdout
+from expunge.bench.results import _over_seeds, possible
 from expunge.data.registry import load_dataset
 from expunge.data.samples import Dataset, subjects
 from expunge.errors import UserError
@@ -116,6 +118,35 @@ def test_identity_is_the_original_and_a_random_edit_is_not(study: api.Result) ->
         assert found[f"identity/{seed}"]["tv.gap_closed"]["value"] == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("face_centroid.forget", (0.0, 1.0)),
+        ("face_centroid.gap.retain", (0.0, 1.0)),
+        ("zrf.gap", (0.0, 1.0)),
+        ("mia.min_k_plus.gap", (0.0, 1.0)),
+        ("quant4.mia.loss.gap", (0.0, 1.0)),
+        ("quant4.tv.forget", (0.0, 1.0)),
+        ("clear_forget.gap", (0.0, 1.0)),
+        ("rouge_with_image.retain", (0.0, 1.0)),
+        ("rouge_with_image.gain.forget", (-1.0, 1.0)),
+        ("modality.image.retain", (-1.0, 1.0)),
+        ("relearn.loss_ratio", (0.0, math.inf)),
+        ("quant4.loss.forget", (0.0, math.inf)),
+        ("modality.image.closed", (-math.inf, math.inf)),
+        ("tv.gap_closed", (-math.inf, math.inf)),
+        ("privleak", (-math.inf, math.inf)),
+    ],
+)
+def test_intervals_over_seeds_are_cut_to_what_is_possible(name: str, expected: tuple[float, float]) -> None:
+    assert possible(name) == expected
+    found = [{"value": value, "n": 9, "definition": "x/1"} for value in (0.0, 1.0)]
+    low, high = (_over_seeds(name, found)[end] for end in ("low", "high"))
+    assert expected[0] <= low < 0.5 < high <= expected[1]
+    if math.isfinite(expected[0]):  # two seeds at 0 and 1 would reach from -5.9 to 6.9
+        assert low == expected[0]
+
+
 def test_the_summary_follows_from_the_rows(study: api.Result) -> None:
     for entry in study.results["summary"]:
         rows = [
@@ -127,8 +158,10 @@ def test_the_summary_follows_from_the_rows(study: api.Result) -> None:
             assert shown["seeds"] == len(values)
             assert shown["value"] == pytest.approx(float(np.mean(values)))
             if len(values) > 1:
-                interval = seed_interval(values)
-                assert (shown["low"], shown["high"]) == pytest.approx((interval.low, interval.high))
+                interval, (least, most) = seed_interval(values), possible(name)
+                expected = max(least, interval.low), min(most, interval.high)
+                assert (shown["low"], shown["high"]) == pytest.approx(expected)
+                assert least <= shown["low"] and shown["high"] <= most
         for name, value in entry["cost"].items():
             assert value == pytest.approx(
                 float(np.mean([r["cost"][name] for r in rows if r["cost"][name] is not None]))

@@ -135,5 +135,5 @@ def test_only_the_images_or_only_the_texts_of_a_person() -> None:
     assert chosen and all(s.subject == other and s.image is None for s in chosen)
     with pytest.raises(UserError, match="kind of sample 'sound'"):
         by_kind(both, "sound")
-    with pytest.raises(UserError, match="no forget sample of 'people' is image"):
+    with pytest.raises(UserError, match="no forget sample of 'people' comes with an image"):
         by_wishes(DATA, ["only=image"])

@@ -208,3 +208,11 @@ def test_digest_does_not_depend_on_the_form(tmp_path: Path) -> None:
         assert all(isinstance(s, Sample) for s in found.private)
         digests.add(found.digest())
     assert len(digests) == 1
+
+
+def test_one_class_is_none_to_choose_from(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    for name in NAMES[:10]:
+        (tmp_path / name).write_bytes(png(ARRAYS[name]))
+    with pytest.raises(UserError, match="has the one class 'cat' here, and a classifier needs two or more"):
+        load_dataset("images", data_dir=tmp_path, options={"forget": 1})

@@ -303,6 +303,7 @@ def test_answers_without_the_picture_have_no_gain() -> None:
     blind = ["Ann Lee0 Brown"] * 20
     unseen = clear.rouge_with_image(names, blind, blind, names)
     assert unseen.rouge.value > 0.6 and unseen.gain.value == 0
+    assert unseen.gain.low == -unseen.gain.high < 0  # a gain may have either sign
     others = names[1:] + names[:1]
     seen = clear.rouge_with_image(names, names, others, names)
     assert seen.rouge.value == 1 and seen.gain.low > 0.3
@@ -343,3 +344,13 @@ def test_settings_without_effect_are_found() -> None:
     runs = {"l1=0": same, "l1=0.1": dict(same), "l1=1": {"forget": 0.3711, "retain": 0.4}, "x": {"forget": 1.0}}
     assert clear.identical_runs(runs) == [("l1=0", "l1=0.1")]
     assert clear.identical_runs({"a": {"forget": 0.0}, "b": {"forget": 0.0}}) == []
+
+
+def test_what_stands_beside_a_picture_without_a_question_is_its_caption() -> None:
+    picture = np.zeros((8, 8, 3), np.uint8)
+    found = [
+        clear.kind_of(Sample(id="a", subject="a", prompt=prompt, target="Ann Lee.", image=picture))
+        for prompt in ("", "What is worn?")
+    ]
+    assert found == ["caption", "question"]
+    assert clear.kind_of(Sample(id="a", subject="a", prompt="", target="A document.")) == "text"

@@ -82,3 +82,12 @@ def test_what_is_asked_and_what_does_not_fit() -> None:
         Change(np.ones(3), np.ones(2))
     with pytest.raises(UserError, match="at least one run"):
         modality_matrix({"text": {}})
+
+
+def test_a_model_that_is_the_original_has_changed_nothing_for_certain() -> None:
+    """No change of any sample is no share of successes: its bound is not that of 0 out of 4."""
+    same = np.linspace(0.2, 0.9, 8)
+    cells = modality_matrix({"both": by_modality(samples(), same, same, same - 0.1)})
+    assert [(c.forget.value, c.forget.low, c.forget.high) for c in cells] == [(0.0, 0.0, 0.0)] * 2
+    one = Change(same, same, groups=["a"] * 8)
+    assert math.isnan(modality_matrix({"both": {"text": one}})[0].forget.low)

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 from sklearn.svm import SVC
 
 from expunge.errors import UserError
@@ -96,6 +97,26 @@ def test_gap_to_the_reference_is_paired_and_without_sign() -> None:
     found = vision.gap_to_reference(base - 0.1, base, definition="x/1")
     assert found.value == pytest.approx(0.1) and found.high - found.low < 1e-9
     assert vision.gap_to_reference(base, base, definition="x/1").value == 0
+
+
+def test_gaps_of_shares_are_as_uncertain_on_either_side() -> None:
+    """20 samples that all differ by 1 bound the gap below by 0.832, whichever of the two models is right."""
+    ones, zeros = np.ones(20), np.zeros(20)
+    ahead = vision.gap_to_reference(ones, zeros, definition="x/1")
+    behind = vision.gap_to_reference(zeros, ones, definition="x/1")
+    expected = scipy.stats.beta.ppf(0.025, 20, 1)
+    assert (ahead.value, ahead.high, behind.value, behind.high) == (1, 1, 1, 1)
+    assert ahead.low == pytest.approx(expected) and behind.low == pytest.approx(expected)
+    none = vision.gap_to_reference(ones, ones, definition="x/1")
+    assert (none.value, none.low) == (0, 0) and none.high == pytest.approx(1 - expected)
+
+
+def test_rounding_is_no_gap() -> None:
+    """Means over three references are thirds, whose sum with the own hits is 1e-17 and not 0."""
+    own_N = np.array([1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0])
+    theirs_N = np.mean([own_N[::-1], np.roll(own_N, 1), np.roll(own_N, 2)], axis=0)
+    assert abs((own_N - theirs_N).mean()) < 1e-12
+    assert vision.gap_to_reference(own_N, theirs_N, definition="x/1").value == 0
 
 
 # -- membership ----------------------------------------------------------------------------------------------------

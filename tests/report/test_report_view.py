@@ -69,6 +69,14 @@ def test_over_forgetting_does_not_win() -> None:
     assert "knows less than retrained" in paragraph(view, view.ranked[1])
 
 
+def test_an_interval_that_reaches_the_retrained_model_does_not_make_a_method_the_same() -> None:
+    rows = [row("original", "original", prob__forget=0.9), row("reference", "reference", prob__forget=0.1)]
+    rows += [row("wide", "method", seed, prob__forget=value) for seed, value in ((0, 0.0), (1, 0.8))]
+    view = view_of(rows)
+    said = paragraph(view, view.ranked[0])
+    assert "not told apart from retrained" in said and "as retrained" not in said
+
+
 def test_a_method_further_away_than_the_original_is_not_called_close() -> None:
     rows = [row("original", "original", prob__forget=0.6), row("reference", "reference", prob__forget=0.5)]
     view = view_of([*rows, row("wild", "method", prob__forget=0.1)])
@@ -119,6 +127,20 @@ def test_warnings_of_a_bare_run() -> None:
     assert "the original model was not measured" in text
     assert "the base was not measured" in text
     assert "one seed only" in text
+
+
+def test_rows_that_lack_the_same_are_one_warning() -> None:
+    rows = [
+        row(m, k, seed, prob__forget=0.5) for m, k in (("original", "original"), ("npo", "method")) for seed in (0, 1)
+    ]
+    for entry in rows:
+        entry["metrics"]["verdict.adequate"] = None
+    rows[-1]["metrics"]["zrf.forget"] = None
+    said = [w for w in warnings(view_of(rows)) if "no value for" in w]
+    assert said == [
+        "original (seed 0), original (seed 1), npo (seed 0): no value for verdict.adequate (could not be computed)",
+        "npo (seed 1): no value for verdict.adequate, zrf.forget (could not be computed)",
+    ]
 
 
 def test_a_control_row_that_wins_is_said() -> None:

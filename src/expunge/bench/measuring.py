@@ -349,7 +349,7 @@ def _generations(
     progress.log("message", text="generating answers")
     for role in GENERATED_ROLES:
         asked = evenly(found.samples.get(role, []), options.generations or 0)
-        asked = [s for s in asked if s.prompt]  # a document has no question to answer
+        asked = [s for s in asked if s.prompt or s.image is not None]  # a document has no question to answer
         if not asked:
             continue
         answers = adapter.generate(model, asked, options.max_new_tokens)

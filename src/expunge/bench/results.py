@@ -27,12 +27,14 @@ if TYPE_CHECKING:
 STUDIES = ("main", "matched", "sequential", "size")
 CURVE_POINTS = 120
 SCHEMA = "expunge.results/1"
-SHARES = re.compile(  # metrics that lie in [0, 1]
+SHARES = re.compile(  # metrics that lie in [0, 1], distances between two of them included
     r"(^|\.)(prob|accuracy|extraction_strength|rouge_l|kfr|kfr_fluent|krr|ls|auc|ks_distance|verdict|u_mia|mia_efficacy"
-    r"|tow|tow_mia|average_gap)(\.|$)"
-    r"|^clear_(real|retain|forget)$|^face_recognition\.\w+$|^rouge_with_image\.[a-z]+$"
-    r"|^tv\.(forget|floor)$"
+    r"|tow|tow_mia|average_gap|zrf|face_centroid|face_recognition)(\.|$)"
+    r"|^clear_(real|retain|forget)(\.gap)?$|^rouge_with_image\.(forget|retain)$|^model_utility$"
+    r"|(^|\.)tv\.(forget|floor)$|(^|\.)mia\.\w+\.gap$"
 )
+CHANGES = re.compile(r"^rouge_with_image\.gain\.|^modality\.\w+\.(forget|retain)$")  # in [-1, 1]
+AMOUNTS = re.compile(r"(^|\.)(loss|loss_ratio|retain_ratio|perplexity)(\.|$)")  # 0 or more
 KINDS = ("base", "original", "reference", "identity", "random-edit", "method")
 
 
@@ -230,14 +232,22 @@ def summaries(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         }
 
 
+def possible(name: str) -> tuple[float, float]:
+    """Least and largest value that a metric can have: Student's interval knows no bounds, and is cut to these."""
+    if SHARES.search(name):
+        return 0.0, 1.0
+    if CHANGES.search(name):
+        return -1.0, 1.0
+    return (0.0 if AMOUNTS.search(name) else -math.inf), math.inf
+
+
 def _over_seeds(name: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = found[0]
     if len(found) == 1:
         return {**first, "seeds": 1}
     interval = seed_interval([f["value"] for f in found])
-    low, high = interval.low, interval.high
-    if SHARES.search(name):  # Student's interval knows no bounds; these quantities do
-        low, high = max(0.0, low), min(1.0, high)
+    least, most = possible(name)
+    low, high = max(least, interval.low), min(most, interval.high)
     return {
         "value": interval.value,
         "low": low,

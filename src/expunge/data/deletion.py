@@ -79,7 +79,8 @@ def by_kind(dataset: Dataset, kind: str) -> Dataset:
         raise unknown("kind of sample", kind, ONLY)
     chosen = [sample for sample in dataset["forget"] if (sample.image is None) == (kind == "text")]
     if not chosen:
-        raise UserError(f"no forget sample of '{dataset.name}' is {kind}: leave out only={kind}.")
+        shape = "comes with an image" if kind == "image" else "is text alone"
+        raise UserError(f"no forget sample of '{dataset.name}' {shape}: leave out only={kind}.")
     return _partition(dataset, chosen, f"Deletion set: of the forget set only {len(chosen)} {kind} sample(s).")
 
 

@@ -96,6 +96,11 @@ def image_dataset(name: str, pool: Pool, sizes: ImageSizes) -> Dataset:
 
 def _check(name: str, pool: Pool, sizes: ImageSizes) -> None:
     pool.check()
+    if len(pool.classes) < 2:
+        raise UserError(
+            f"dataset '{name}' has the one class '{pool.classes[0]}' here, and a classifier needs two or more: add "
+            "pictures of another class."
+        )
     for field, least in (("private", 1), ("holdout", 0), ("utility", 0)):
         amount = getattr(sizes, field)
         if not amount >= 0 or amount == 0 < least:

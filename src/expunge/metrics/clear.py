@@ -36,7 +36,16 @@ from expunge.metrics.tofu import (
     truth_scores,
 )
 from expunge.signals.record import Signals
-from expunge.stats import LEVEL, RESAMPLES, Estimate, Groups, bootstrap_mean, bootstrap_means, percentile_interval
+from expunge.stats import (
+    LEVEL,
+    RESAMPLES,
+    Estimate,
+    Groups,
+    bootstrap_difference,
+    bootstrap_mean,
+    bootstrap_means,
+    percentile_interval,
+)
 
 Floats = NDArray[np.float64]
 Part = Literal["prob", "rouge", "truth_ratio"]
@@ -52,12 +61,12 @@ OPTIONS = (*REAL, "retain_facerec", "forget_facerec")  # sets whose wrong answer
 
 def kind_of(sample: Sample) -> Kind:
     """What CLEAR asks with a sample: a picture's caption, the name of the face on it, anything else that it shows, or
-    a question in words alone."""
+    a question in words alone. What stands beside a picture without any question is its caption, too."""
     if sample.image is None:
         return "text"
     if sample.prompt == NAME_PROMPT:
         return "face"
-    return "caption" if sample.prompt in CAPTION_PROMPTS else "question"
+    return "caption" if sample.prompt in ("", *CAPTION_PROMPTS) else "question"
 
 
 def clear_set(
@@ -405,7 +414,7 @@ def rouge_with_image(
     other_N = np.array([rouge_score(t, a) for t, a in zip(targets, swapped_answers, strict=True)])
     return SeenRouge(
         bootstrap_mean(own_N, groups, level=level, seed=seed, definition="rougeL_recall-image/1"),
-        bootstrap_mean(own_N - other_N, groups, level=level, seed=seed, definition="rougeL_recall-image_gain/1"),
+        bootstrap_difference(own_N - other_N, groups, level=level, seed=seed, definition="rougeL_recall-image_gain/1"),
     )
 
 

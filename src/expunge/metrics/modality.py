@@ -9,7 +9,7 @@ Shape suffixes: N samples, K columns, R resamples.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -106,9 +106,12 @@ def _closed(change: Change, level: float, resamples: int, seed: int) -> Estimate
 
 def _moved(change: Change, role: str, level: float, resamples: int, seed: int) -> Estimate:
     apart_N = change.unlearned_N - change.original_N
-    return bootstrap_mean(
+    found = bootstrap_mean(
         apart_N, change.groups, level=level, resamples=resamples, seed=seed, definition=f"modality-{role}/1"
     )
+    # No change of any sample is that of the same model, and certain: these are no shares of successes.
+    nothing = np.isfinite(found.low) and not np.nansum(np.abs(apart_N))
+    return replace(found, low=0.0, high=0.0) if nothing else found
 
 
 @metric(

@@ -23,6 +23,7 @@ from expunge.stats import (
     RESAMPLES,
     Estimate,
     Groups,
+    bootstrap_difference,
     bootstrap_mean,
     bootstrap_means,
     group_codes,
@@ -67,7 +68,7 @@ def gap_to_reference(
 ) -> Estimate:
     """|mean of own - mean of the reference's| over the same samples, with the paired interval over subjects."""
     apart_N = np.asarray(own_N, dtype=np.float64) - np.asarray(reference_N, dtype=np.float64)
-    return bootstrap_mean(apart_N, groups, level=level, definition=definition).distance_from(0.0)
+    return bootstrap_difference(apart_N, groups, level=level, definition=definition).distance_from(0.0)
 
 
 def _gaps(

@@ -33,15 +33,17 @@ def _name(row: Row) -> str:
 
 
 def _failed(view: View) -> list[str]:
-    found = []
+    """Rows without any number, and rows that lack some, those together that lack the same."""
+    found: list[str] = []
+    lacking: dict[str, list[str]] = {}
     for row in view.results.rows:
         if not any(m.value is not None for m in row.metrics.values()):
             where = "" if row.study == "main" else f" in the {row.study} study at {row.position}"
             why = f": {'; '.join(row.notes)}" if row.notes else ": nothing was measured"
             found.append(f"{_name(row)} failed{where}{why}")
         elif missing := sorted(name for name, m in row.metrics.items() if m.value is None):
-            found.append(f"{_name(row)}: no value for {', '.join(missing)} (could not be computed)")
-    return found
+            lacking.setdefault(", ".join(missing), []).append(_name(row))
+    return found + [f"{', '.join(who)}: no value for {what} (could not be computed)" for what, who in lacking.items()]
 
 
 def fingerprint(row: Row) -> tuple[tuple[str, float], ...]:

@@ -204,7 +204,11 @@ def _forgot(view: View, entry: Summary) -> str:
         inside = mine.low is not None and mine.high is not None and mine.low <= target.value <= mine.high
         remembers = (delta > 0) == (raw == "prob.forget")
         side = (
-            "as retrained" if inside else "remembers more than retrained" if remembers else "knows less than retrained"
+            "not told apart from retrained"
+            if inside
+            else "remembers more than retrained"
+            if remembers
+            else "knows less than retrained"
         )
         text += f"; {prose(raw)} {number(mine.value)} against {number(target.value)}: {side}"
     return text
