@@ -23,10 +23,11 @@ from expunge import api, opening
 from expunge.bench import results, tune
 from expunge.bench.plan import StudyOptions, check_study
 from expunge.bench.prepare import split_holdout
-from expunge.bench.results import _over_seeds, possible
+from expunge.bench.results import _over_seeds
 from expunge.data.registry import load_dataset
 from expunge.data.samples import Dataset, subjects
 from expunge.errors import UserError
+from expunge.metrics.ranges import possible
 from expunge.stats import seed_interval
 
 PEOPLE = {"people": 8, "forget": 2, "holdout": 6, "utility": 4, "questions": 2, "perturbed": 3}
@@ -128,6 +129,8 @@ def test_identity_is_the_original_and_a_random_edit_is_not(study: api.Result) ->
         ("quant4.mia.loss.gap", (0.0, 1.0)),
         ("quant4.tv.forget", (0.0, 1.0)),
         ("clear_forget.gap", (0.0, 1.0)),
+        ("clear_forget_quality.p_value", (0.0, 1.0)),
+        ("clear_js_published", (0.0, 1.0)),
         ("rouge_with_image.retain", (0.0, 1.0)),
         ("rouge_with_image.gain.forget", (-1.0, 1.0)),
         ("modality.image.retain", (-1.0, 1.0)),

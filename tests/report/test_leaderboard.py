@@ -54,6 +54,15 @@ def test_ranks_are_taken_within_seeds_and_averaged() -> None:
     assert by_name["a"].axes["membership"].seeds == 3 and by_name["a"].axes["behaviour"].value is None
 
 
+def test_no_rank_is_better_than_the_first_and_no_distance_below_zero() -> None:
+    """Two seeds, once first and once last of two: Student's interval would reach from -4.9 to 7.9."""
+    near, far = {"mia__loss__auc": 0.5, "relearn__prob": 0.1}, {"mia__loss__auc": 1.0, "relearn__prob": 0.9}
+    for standing in leaderboard(study({"a": [near, far], "b": [far, near]}, 2)):
+        assert (standing.rank.low, standing.rank.value, standing.rank.high) == (1.0, 1.5, 2.0)
+        apart = standing.axes["membership"]
+        assert (apart.low, apart.value) == (0.0, 0.5) and apart.high is not None and apart.high > 6
+
+
 def test_what_was_not_measured_comes_last_and_no_reference_gives_no_table() -> None:
     found = study({"a": [{"mia__loss__auc": 0.9}], "b": [{}]}, 1)
     assert [s.method for s in leaderboard(found)] == ["a", "b"]

@@ -129,6 +129,14 @@ def test_warnings_of_a_bare_run() -> None:
     assert "one seed only" in text
 
 
+def test_a_summary_made_from_rows_is_cut_to_what_is_possible() -> None:
+    rows = [row("npo", "method", seed, face_centroid__forget=v, loss__forget=v) for seed, v in ((0, 0.0), (1, 1.0))]
+    (made,) = summarise(view_of(rows).results.rows)
+    share, loss = made.metrics["face_centroid.forget"], made.metrics["loss.forget"]
+    assert (share.low, share.high) == (0.0, 1.0)
+    assert loss.low == 0.0 and loss.high is not None and loss.high > 6
+
+
 def test_rows_that_lack_the_same_are_one_warning() -> None:
     rows = [
         row(m, k, seed, prob__forget=0.5) for m, k in (("original", "original"), ("npo", "method")) for seed in (0, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from expunge.bench.populations import population_metrics
 from expunge.bench.prepare import Workshop
 from expunge.data.samples import ROLES, Dataset
 from expunge.methods.registry import Method, Outcome
+from expunge.metrics.ranges import cut, possible
 from expunge.models.adapter import Adapter, evaluating, num_parameters
 from expunge.record import now
 from expunge.runs import Run
@@ -27,14 +27,6 @@ if TYPE_CHECKING:
 STUDIES = ("main", "matched", "sequential", "size")
 CURVE_POINTS = 120
 SCHEMA = "expunge.results/1"
-SHARES = re.compile(  # metrics that lie in [0, 1], distances between two of them included
-    r"(^|\.)(prob|accuracy|extraction_strength|rouge_l|kfr|kfr_fluent|krr|ls|auc|ks_distance|verdict|u_mia|mia_efficacy"
-    r"|tow|tow_mia|average_gap|zrf|face_centroid|face_recognition)(\.|$)"
-    r"|^clear_(real|retain|forget)(\.gap)?$|^rouge_with_image\.(forget|retain)$|^model_utility$"
-    r"|(^|\.)tv\.(forget|floor)$|(^|\.)mia\.\w+\.gap$"
-)
-CHANGES = re.compile(r"^rouge_with_image\.gain\.|^modality\.\w+\.(forget|retain)$")  # in [-1, 1]
-AMOUNTS = re.compile(r"(^|\.)(loss|loss_ratio|retain_ratio|perplexity)(\.|$)")  # 0 or more
 KINDS = ("base", "original", "reference", "identity", "random-edit", "method")
 
 
@@ -232,22 +224,12 @@ def summaries(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         }
 
 
-def possible(name: str) -> tuple[float, float]:
-    """Least and largest value that a metric can have: Student's interval knows no bounds, and is cut to these."""
-    if SHARES.search(name):
-        return 0.0, 1.0
-    if CHANGES.search(name):
-        return -1.0, 1.0
-    return (0.0 if AMOUNTS.search(name) else -math.inf), math.inf
-
-
 def _over_seeds(name: str, found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = found[0]
     if len(found) == 1:
         return {**first, "seeds": 1}
     interval = seed_interval([f["value"] for f in found])
-    least, most = possible(name)
-    low, high = max(least, interval.low), min(most, interval.high)
+    low, high = cut(interval, *possible(name))
     return {
         "value": interval.value,
         "low": low,

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
+from expunge.metrics.ranges import cut
 from expunge.report.schema import CONTROLS, Measure, Results, Row
 from expunge.report.tables import Cell, Column, Line, Table, shared_evidence
 from expunge.stats import seed_interval
@@ -33,6 +34,7 @@ AXES = ("behaviour", "distribution", "membership", "robustness", "utility")
 BEHAVIOUR = ("rouge_l.forget", "kfr", "truth_ratio.forget", "extraction_strength.forget")
 ROBUSTNESS = ("relearn.prob", "quant4.prob.forget")
 UTILITY = ("prob.retain", "prob.utility")
+LEAST = {"distribution": -math.inf}  # it is counted from the floor, and a model may lie below that; others from 0
 SAME = 0.02  # original and reference closer than this on a metric say nothing about it
 
 
@@ -108,9 +110,10 @@ def leaderboard(results: Results) -> list[Standing]:
     standings = []
     for method, found_ranks in ranks.items():
         own = [r for r in rows if r.method == method]
-        axes = {a: over([found[method, r.seed][a] for r in own]) for a in AXES}
-        cost = over([float(c.value) for r in own if (c := r.cost.get("share_of_retraining")) and c.value is not None])
-        standings.append(Standing(method, own[0].kind, len(own), axes, over(found_ranks), cost, own[0].properties))
+        axes = {a: over([found[method, r.seed][a] for r in own], LEAST.get(a, 0.0)) for a in AXES}
+        shares = [c.value for r in own if (c := r.cost.get("share_of_retraining")) and c.value is not None]
+        rank, cost = over(found_ranks, 1.0, len(ranks)), over([float(share) for share in shares], 0.0)
+        standings.append(Standing(method, own[0].kind, len(own), axes, rank, cost, own[0].properties))
     standings.sort(key=lambda s: s.rank.value if s.rank.value is not None else math.inf)
     top = standings[0].rank if standings else Measure()
     reach = top.high if top.high is not None else top.value
@@ -121,15 +124,16 @@ def leaderboard(results: Results) -> list[Standing]:
     ]
 
 
-def over(values: Sequence[float]) -> Measure:
-    """Mean with Student's interval over the seeds; without one for a single seed."""
+def over(values: Sequence[float], least: float, most: float = math.inf) -> Measure:
+    """Mean with Student's interval over the seeds, cut to what is possible; without one for a single seed."""
     known = [v for v in values if math.isfinite(v)]
     if not known:
         return Measure()
     if len(known) == 1:
         return Measure(value=known[0], n=1, seeds=1)
     found = seed_interval(known)
-    return Measure(value=found.value, low=found.low, high=found.high, n=len(known), seeds=len(known))
+    low, high = cut(found, least, most)
+    return Measure(value=found.value, low=low, high=high, n=len(known), seeds=len(known))
 
 
 # -- as tables ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from expunge.metrics.ranges import cut, possible
 from expunge.report.catalogue import PRIMARY, RETENTION, Metric, in_order, understand
 from expunge.report.samples import SampleRecord, verdict_counts
 from expunge.report.schema import ANCHORS, CONTROLS, Measure, Results, Row, Study, Summary
@@ -68,7 +69,7 @@ def summarise(rows: Sequence[Row]) -> list[Summary]:
                 kind=members[0].kind,
                 study=study,
                 position=position,
-                metrics={name: _mean([r.metrics[name] for r in members if name in r.metrics]) for name in names},
+                metrics={name: _mean([r.metrics[name] for r in members if name in r.metrics], name) for name in names},
                 cost={name: _mean([r.cost[name] for r in members if name in r.cost]) for name in costs},
                 notes=list(dict.fromkeys(note for row in members for note in row.notes)),
             )
@@ -76,16 +77,17 @@ def summarise(rows: Sequence[Row]) -> list[Summary]:
     return out
 
 
-def _mean(measures: Sequence[Measure]) -> Measure:
+def _mean(measures: Sequence[Measure], metric: str = "") -> Measure:
     there = [m for m in measures if m.value is not None]
     if len(there) < 2:
         return there[0].model_copy(update={"seeds": 1}) if there else Measure()
     mean = seed_interval([m.value for m in there if m.value is not None])
+    low, high = cut(mean, *possible(metric))
     counts = [m.n for m in there if m.n is not None]
     return Measure(
         value=mean.value,
-        low=mean.low,
-        high=mean.high,
+        low=low,
+        high=high,
         n=min(counts) if counts else None,
         seeds=mean.n,
         definition=there[0].definition,
