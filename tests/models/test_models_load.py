@@ -305,7 +305,7 @@ def test_missing_folders_and_hub_names(folder: Path, tmp_path: Path, monkeypatch
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     for name in (tmp_path / "mien", "./mien", "../" + tmp_path.name + "/mien"):
-        with pytest.raises(UserError, match=r"did you mean '.*mine'"):
+        with pytest.raises(UserError, match=r"does not exist: did you mean '.*mine'\?$"):
             load_model(name)
     with pytest.raises(UserError, match="is a file"):
         load_model(folder / "config.json")

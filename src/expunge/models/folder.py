@@ -56,7 +56,7 @@ def resolve(name: str | Path) -> Path:
     text = str(name)
     inside = len(path.parts) > 1 and path.parent.is_dir()  # "runs/erase-17" where runs/ exists is a path
     if inside or path.is_absolute() or text.startswith((".", "~")) or not HUB_NAME.match(text):
-        raise UserError(f"model folder '{name}' does not exist{hint}.")
+        raise UserError(f"model folder '{name}' does not exist{hint or '.'}")
     return _snapshot(text, hint)
 
 

@@ -126,8 +126,8 @@ def _joined(folders: Sequence[Path], contents: Sequence[dict[str, Any]]) -> tupl
         content["curves"] = list(_renamed(content.get("curves", ()), {old: r["model"] for old, r in fresh.items()}))
         record = load_samples(folder)
         for line in record.rows:
-            if (row := fresh.get(str(line.get("model")))) is not None:
-                lines.append({**line, **{key: row[key] for key in ("model", "method", "seed")}})
+            if (new := fresh.get(str(line.get("model")))) is not None:
+                lines.append({**line, **{key: new[key] for key in ("model", "method", "seed")}})
         if clash:
             notes.append(f"{names[folder]} is a repetition: its seeds are counted from {step} on.")
     return rows, lines, notes
