@@ -155,3 +155,8 @@ def test_needs_of_every_kind() -> None:
     context.forget = ()
     with pytest.raises(UserError, match="was given no forget samples"):
         made(context)
+
+
+def test_settings_in_the_name_of_a_method_are_shown_their_place() -> None:
+    with pytest.raises(UserError, match=r"give --method npo --set beta=0\.05 --set retain=kl "):
+        get_method("npo:beta=0.05;retain=kl")

@@ -199,6 +199,12 @@ def get_method(name: str) -> Method:
         return _METHODS[wanted]
     methods = all_methods()
     name = ALIASES.get(name, name)
+    bare, colon, settings = name.partition(":")
+    if colon and ALIASES.get(bare, bare) in methods:
+        raise UserError(
+            f"'{name}' is method '{bare}' with settings, which only bench and plans read that way; "
+            f"give --method {bare} --set {settings.replace(';', ' --set ') or 'name=value'} (in Python set={{...}})."
+        )
     if name not in methods:
         raise unknown("method", name, methods)
     return methods[name]
